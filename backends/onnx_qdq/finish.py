@@ -1,0 +1,130 @@
+"""From the exporter's raw model to the one that is saved: narrow types, folded constants, the names that users know."""
+
+from collections.abc import Sequence
+
+import onnx_ir as onir
+import onnx_ir.passes.common as common
+from onnxscript import optimizer, rewriter
+
+from backends.onnx_qdq.legalize import Lowered, key
+from ir.signature import CACHE, Port, Signature
+
+IR_VERSION = 10
+OPSET_2_BIT, IR_VERSION_2_BIT = 25, 13
+_PARTS = (("codes", ""), ("scale", ".scale"), ("zero_point", ".zero_point"), ("step", ".input_scale"), ("offset", ".input_zero_point"))
+ROUNDS = 2  # of folding and rewriting, as the exporter's own optimizer does
+
+_AXES = (
+    # name's prefix, axes
+    (f"{CACHE}.", {0: "batch", 2: "past"}),
+    ("present.", {0: "batch", 2: "total"}),
+    ("attention_mask", {0: "batch", 1: "total"}),
+    ("", {0: "batch", 1: "sequence"}),
+)
+
+
+def finish(model: onir.Model, signature: Signature, lowered: Sequence[Lowered]) -> None:
+    """Change the exporter's model in place into the one that is saved."""
+    _retag(model, lowered)
+    optimize(model)
+    _name_sites(model, lowered)
+    _name_ports(model, signature)
+    common.ClearMetadataAndDocStringPass()(model)
+    _forget_shapes(model)
+    narrow = any(site.bits == 2 and site.form.fused == "MatMulNBits" for site in lowered)
+    model.ir_version = IR_VERSION_2_BIT if narrow else max(IR_VERSION, min(model.ir_version, IR_VERSION_2_BIT))
+    if narrow:
+        model.opset_imports[""] = max(OPSET_2_BIT, model.opset_imports[""])
+    model.producer_name, model.producer_version = "fxpress", None
+
+
+def optimize(model: onir.Model) -> None:
+    """Fold and rewrite, leaving parameters as they are: a folded parameter would lose its name."""
+    graph = model.graph
+    common.InlinePass()(model)
+
+    def should_fold(node: onir.Node) -> bool | None:
+        return False if any(v is not None and _is_parameter(v) for v in node.inputs) else None
+
+    for _ in range(ROUNDS):
+        optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=should_fold)
+        rewriter.rewrite(model)
+        common.RemoveUnusedNodesPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    for unused in (common.RemoveUnusedNodesPass, common.RemoveUnusedFunctionsPass, common.RemoveUnusedOpsetsPass):
+        unused()(model)
+    common.OutputFixPass()(model)
+    common.NameFixPass()(model)
+    assert graph is model.graph
+
+
+def _is_parameter(v: onir.Value) -> bool:
+    """Whether a value comes from the graph's tensors and not from the exporter, whose names have no dot."""
+    name = v.name or ""
+    return v.is_initializer() and ("." in name or name.startswith("onnx_"))
+
+
+def _retag(model: onir.Model, lowered: Sequence[Lowered]) -> None:
+    """Give packed bytes the integer type and the shape they stand for."""
+    for site in lowered:
+        if site.form.fused != "MatMulNBits" or site.bits == 8:
+            continue
+        dtype = onir.DataType[f"{'INT' if site.weight.startswith('i') else 'UINT'}{site.bits}"]
+        rows, columns = site.shape
+        blocks = model.graph.initializers[key(site.name, "scale")].shape
+        assert blocks is not None
+        for part, shape in (("codes", [columns, rows]), ("zero_point", list(blocks))):
+            v = model.graph.initializers.get(key(site.name, part))
+            if v is None:
+                continue
+            assert v.const_value is not None
+            v.const_value = onir.PackedTensor(v.const_value.numpy(), dtype, shape=onir.Shape(shape), name=v.name)
+            v.type, v.shape = onir.TensorType(dtype), onir.Shape(shape)
+            for node in v.consumers():
+                node.outputs[0].shape = onir.Shape([columns, rows])
+
+
+def _name_sites(model: onir.Model, lowered: Sequence[Lowered]) -> None:
+    """Name the nodes of each site by its weight, so that profiles and errors can be read."""
+    for site in lowered:
+        codes = model.graph.initializers[key(site.name, "codes")]
+        for node in codes.consumers():
+            node.name = f"{site.name}/{node.op_type}"
+            if node.op_type == "DequantizeLinear":
+                for product in node.outputs[0].consumers():
+                    product.name = f"{site.name}/{product.op_type}"
+        for part, suffix in _PARTS:
+            v = model.graph.initializers.get(key(site.name, part))
+            if v is not None:
+                v.name = f"{site.name}{suffix}"
+
+
+def _name_ports(model: onir.Model, signature: Signature) -> None:
+    """Names and dynamic axes of inputs and outputs, from the signature."""
+    decoder = signature.layers > 0
+    taken = {v.name: v for node in model.graph for v in node.outputs}
+    for values, ports in ((model.graph.inputs, signature.inputs), (model.graph.outputs, signature.outputs)):
+        for v, port in zip(values, ports, strict=True):
+            if port.name in taken and taken[port.name] is not v:
+                taken[port.name].name = f"{port.name}.inner"
+            v.name = port.name
+            v.shape = onir.Shape([axis_name(port, axis, decoder) if size is None else size for axis, size in enumerate(port.shape)])
+
+
+def axis_name(port: Port, axis: int, decoder: bool) -> str:
+    """What a dynamic axis is called: batch, sequence, past or total; otherwise by its port and position."""
+    if not decoder and port.name == "attention_mask":
+        return _AXES[-1][1].get(axis, f"{port.name}_{axis}")
+    axes = next(axes for prefix, axes in _AXES if port.name.startswith(prefix))
+    return axes.get(axis, f"{port.name}_{axis}")
+
+
+def _forget_shapes(model: onir.Model) -> None:
+    """Drop the exporter's shapes of intermediate values: ONNX Runtime infers its own, with the axes' new names."""
+    kept = set(model.graph.outputs)
+    for node in model.graph.all_nodes():
+        for v in node.outputs:
+            if v not in kept:
+                v.shape = None
+                v.type = None

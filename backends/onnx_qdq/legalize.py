@@ -1,0 +1,198 @@
+"""Turn a flat graph into one that ONNX can state: float32 arithmetic, and each quantized site as one operator."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+import backends.onnx_qdq.operators  # noqa: F401 (registers the operators)
+from backends.onnx_qdq import layout
+from backends.onnx_qdq.forms import BLOCKED, EMULATED, GATHERED, INTEGER, Form, block_size, form_of, refusal, stored_width
+from backends.onnx_qdq.layout import Stored, Weight
+from backends.onnx_qdq.sites import FXPRESS, Activation, QuantizedSite, is_call, quantized_sites, weight_name, weight_of
+from ir.edit import add_attribute, attribute, clean, replace, store
+from ir.errors import BackendError
+from ir.numerics import code_range
+
+SITE = torch.ops.fxpress_onnx
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What lowering depends on besides the graph.
+
+    Args:
+        dtype: the dtype of activations and of weights that are not quantized.
+        signed: whether 8-bit weights of integer matrix products are signed.
+    """
+
+    dtype: torch.dtype
+    signed: bool
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A site after legalization: its weight's name, its module path, its form and how its weight is stored."""
+
+    name: str
+    path: str
+    form: Form
+    weight: str
+    activation: str
+    bits: int
+    shape: tuple[int, int]
+
+
+def key(name: str, part: str) -> str:
+    """Where a part of a site's weight lives in the legalized graph: a flat name that no module of the model has."""
+    return f"onnx_{name.replace('.', '__').replace('#', '__')}__{part}"
+
+
+def legalize(gm: GraphModule, options: Options, notes: list[str]) -> tuple[GraphModule, list[Lowered]]:
+    """A copy of `gm` for export, and its quantized sites; `gm` keeps its tensors and nodes.
+
+    Raises:
+        BackendError: a site has no form.
+    """
+    copy = _copied(gm)
+    lowered = [_lower_site(copy, site, options, notes) for site in list(quantized_sites(copy))]
+    clean(copy)
+    _fold_weights(copy, notes)
+    _cast(copy, options.dtype)
+    clean(copy)
+    return copy, lowered
+
+
+def _copied(gm: GraphModule) -> GraphModule:
+    graph = Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    copy = GraphModule(gm, graph)
+    for old, new in zip(gm.graph.nodes, graph.nodes, strict=True):
+        new.meta = dict(old.meta)
+    return copy
+
+
+def _lower_site(gm: GraphModule, site: QuantizedSite, options: Options, notes: list[str]) -> Lowered:
+    """Replace a site by one operator of its form."""
+    encodings = {"weight": site.weight.encoding} | ({"input": site.activation.encoding} if site.activation else {})
+    reason = refusal(site.operator, encodings, tuple(site.weight.codes.shape))
+    if reason:
+        raise BackendError(reason, where=site.path, remedy="choose another encoding for this site, or the reference backend")
+    form = form_of(site.operator, site.weight.encoding, site.activation.encoding if site.activation else None)
+    bits, emit = _WRITERS[form](gm, site, form, options)
+    _note(notes, site, form, bits)
+    replace(site.node, emit)
+    rows, columns = site.weight.codes.shape
+    activation = str(site.activation.encoding) if site.activation else ""
+    return Lowered(site.name, site.path, form, str(site.weight.encoding), activation, bits, (rows, columns))
+
+
+def _note(notes: list[str], site: QuantizedSite, form: Form, bits: int) -> None:
+    """State once what a user might not expect."""
+    width = site.weight.encoding.bits
+    sentences = [form.note] if form.note else []
+    if bits != width:
+        sentences.append(f"{width}-bit weights are stored in {bits}-bit containers{' for integer kernels' if form is INTEGER else ''}")
+    if site.activation and form is INTEGER and site.activation.encoding.bits < 8:
+        sentences.append(f"{site.activation.encoding.bits}-bit activations are multiplied in 8-bit containers")
+    notes.extend(sentence for sentence in sentences if sentence not in notes)
+
+
+def _attach(gm: GraphModule, site: QuantizedSite, stored: Stored) -> list[Node | None]:
+    """get_attr nodes for a stored weight: codes, scale, zero point."""
+    tensors = {"codes": stored.codes, "scale": stored.scale, "zero_point": stored.zero_point}
+    nodes: list[Node | None] = []
+    for part, tensor in tensors.items():
+        nodes.append(None if tensor is None else add_attribute(gm, key(site.name, part), tensor, before=site.node))
+    return nodes
+
+
+def _insert(site: QuantizedSite, target: Any, args: Sequence[Any]) -> Node:
+    graph = site.node.graph
+    with graph.inserting_before(site.node):
+        node = graph.call_function(target, tuple(args))
+    node.meta = dict(site.node.meta)
+    return node
+
+
+def _bias(site: QuantizedSite) -> Any:
+    return site.node.args[2] if len(site.node.args) > 2 else site.node.kwargs.get("bias")
+
+
+def _block(site: QuantizedSite, *, ragged: bool) -> int:
+    block = block_size(site.weight.encoding, site.weight.codes.shape[1], ragged=ragged)
+    assert block is not None, "refused before"
+    return block
+
+
+def _write_blocked(gm: GraphModule, site: QuantizedSite, form: Form, options: Options) -> tuple[int, Node]:
+    block = _block(site, ragged=True)
+    rows = site.weight.codes.shape[0]
+    bits = stored_width(form, site.weight.encoding, rows, block)
+    operands = _attach(gm, site, layout.blocked(site.weight, bits, block))
+    return bits, _insert(site, SITE.blocked.default, [site.node.args[0], *operands, _bias(site), rows, bits, block])
+
+
+def _write_integer(gm: GraphModule, site: QuantizedSite, form: Form, options: Options) -> tuple[int, Node]:
+    activation = site.activation
+    assert activation is not None
+    operands = _attach(gm, site, layout.integer(site.weight, options.signed))
+    step, offset = (None, None) if activation.encoding.dynamic else _static(gm, site, activation)
+    low, high = code_range(activation.encoding)
+    return 8, _insert(site, SITE.integer.default, [activation.source, *operands, _bias(site), step, offset, low, high])
+
+
+def _static(gm: GraphModule, site: QuantizedSite, activation: Activation) -> tuple[Node, Node | None]:
+    """Scale and zero point of a static activation as scalars."""
+    step = add_attribute(gm, key(site.name, "step"), attribute(gm, activation.scale).float().reshape(()), before=site.node)
+    if activation.zero_point is None:
+        return step, None
+    offset = attribute(gm, activation.zero_point).to(torch.uint8).reshape(())
+    return step, add_attribute(gm, key(site.name, "offset"), offset, before=site.node)
+
+
+def _write_gathered(gm: GraphModule, site: QuantizedSite, form: Form, options: Options) -> tuple[int, Node]:
+    block = _block(site, ragged=False)
+    rows, columns = site.weight.codes.shape
+    bits = stored_width(form, site.weight.encoding, 4, block)
+    operands = _attach(gm, site, layout.gathered(site.weight, bits, block))
+    return bits, _insert(site, SITE.gather.default, [site.node.args[1], *operands, columns, bits, block])
+
+
+_WRITERS: dict[Form, Callable[[GraphModule, QuantizedSite, Form, Options], tuple[int, Node]]] = {
+    BLOCKED: _write_blocked,
+    EMULATED: _write_blocked,
+    INTEGER: _write_integer,
+    GATHERED: _write_gathered,
+}
+
+
+def _fold_weights(gm: GraphModule, notes: list[str]) -> None:
+    """Store a dequantized constant that no form covers as floats, and say so."""
+    for node in list(gm.graph.nodes):
+        if not is_call(node, FXPRESS.dequantize.default) or node.args[0].op != "get_attr":
+            continue
+        weight: Weight = weight_of(gm, node)
+        name = weight_name(node.args[0])
+        notes.append(f"{name} is stored as floats: it is read by an operator that has no quantized form")
+        replace(node, add_attribute(gm, key(name, "values"), layout.dequantized(weight), before=node))
+
+
+def _cast(gm: GraphModule, dtype: torch.dtype) -> None:
+    """Let all float arithmetic be done in `dtype`: parameters one at a time, and every dtype that a node names."""
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            tensor = attribute(gm, node)
+            if tensor.dtype in HALVES:
+                store(gm, str(node.target), _shared_cast(tensor, dtype))
+        elif node.op == "call_function":
+            node.args = torch.fx.node.map_aggregate(node.args, lambda v: dtype if v in HALVES else v)  # type: ignore[arg-type, operator]
+            node.kwargs = torch.fx.node.map_aggregate(node.kwargs, lambda v: dtype if v in HALVES else v)  # type: ignore[arg-type, operator]
+
+
+def _shared_cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype)

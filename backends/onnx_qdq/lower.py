@@ -1,0 +1,121 @@
+"""The lowering itself: legalize, translate, finish, write, prove."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as onir
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from backends.onnx_qdq.finish import finish
+from backends.onnx_qdq.legalize import Lowered, Options, legalize
+from backends.onnx_qdq.package import MODEL, PROPERTY, OnnxExecutable, properties_of, write
+from backends.onnx_qdq.session import (
+    EXACT_LEVEL,
+    difference,
+    end_profile,
+    open_session,
+    require_fused,
+    run_flat,
+    session_entries,
+    tolerance,
+)
+from backends.onnx_qdq.translate import to_onnx
+from ir.errors import BackendError
+from ir.signature import Signature
+
+if TYPE_CHECKING:
+    from backends.onnx_qdq import OnnxQdq
+
+
+def lower(backend: "OnnxQdq", gm: GraphModule, probe: Sequence[Tensor], notes: list[str]) -> OnnxExecutable:
+    """See `OnnxQdq.lower`."""
+    signature: Signature = gm.meta["signature"]
+    dtype = getattr(torch, backend.dtype)
+    model, sites = export(gm, Options(dtype, backend.signed_weights), backend.opset, notes, probe)
+    entries = session_entries(backend.accuracy_level)
+    properties = properties_of(signature, entries, gm.meta.get("config"))
+    with torch.no_grad():
+        oracle = list(gm(*probe))
+    folder = tempfile.TemporaryDirectory(prefix="fxpress-onnx-")
+    path = write(model, Path(folder.name))
+    exact = _prove(path, backend, sites, probe, oracle)
+    report, session = _measure(path, backend, sites, probe, oracle, notes)
+    properties["report"] = {**report, "probe_difference_exact": exact}
+    _annotate(path, properties)
+    return OnnxExecutable(path, session, properties, folder)
+
+
+def export(
+    gm: GraphModule, options: Options, opset: int, notes: list[str], probe: Sequence[Tensor]
+) -> tuple[onir.Model, list[Lowered]]:
+    """The finished ONNX model of a graph in memory, its parameters shared with `gm` where they need no conversion."""
+    legal, sites = legalize(gm, options, notes)
+    example = gm.meta.get("example") or probe
+    model = to_onnx(legal, [x.to(options.dtype) if x.is_floating_point() else x for x in example], opset)
+    finish(model, gm.meta["signature"], sites)
+    return model, sites
+
+
+def _prove(path: Path, backend: "OnnxQdq", sites: Sequence[Lowered], probe: Sequence[Tensor], oracle: Sequence[Tensor]) -> float:
+    """Compare with the oracle in a session without further rounding."""
+    session = open_session(path, session_entries(EXACT_LEVEL), threads=backend.threads)
+    found = difference(run_flat(session, probe), oracle)
+    floats = [y.dtype for y in oracle if y.is_floating_point()]
+    allowed = tolerance([site.activation for site in sites], min(floats, key=lambda dtype: dtype.itemsize, default=torch.float32))
+    if not found <= allowed:
+        raise BackendError(
+            f"ONNX Runtime's outputs differ from the graph's by {found:.1e} relative on the probe, more than {allowed:.0e}",
+            remedy="report the model and the ONNX Runtime version; the reference backend runs the graph itself",
+        )
+    return found
+
+
+def _measure(
+    path: Path, backend: "OnnxQdq", sites: Sequence[Lowered], probe: Sequence[Tensor], oracle: Sequence[Tensor], notes: list[str]
+) -> tuple[dict[str, Any], Any]:
+    """Open the session that users get, check what it runs, and describe it."""
+    entries = session_entries(backend.accuracy_level)
+    profiled = open_session(path, entries, threads=backend.threads, profile=path.with_name("profile"))
+    outputs = run_flat(profiled, probe)
+    executed = end_profile(profiled)
+    require_fused({site.name: (site.form.fused, site.path) for site in sites}, executed)
+    _note_speed(backend, sites, notes)
+    return {
+        "operators": executed.counts,
+        "sites": [_site(site) for site in sites],
+        "probe_difference": difference(outputs, oracle),
+        "accuracy_level": backend.accuracy_level,
+        "notes": list(notes),
+    }, profiled
+
+
+def _note_speed(backend: "OnnxQdq", sites: Sequence[Lowered], notes: list[str]) -> None:
+    slow = sum(site.form.fused == "MatMulNBits" and site.bits != 4 for site in sites)
+    if slow and backend.accuracy_level != 4:
+        notes.append(f"{slow} sites with 2- or 8-bit blocked weights have fast kernels at accuracy_level=4 only; here they are slower than float32")
+
+
+def _site(site: Lowered) -> dict[str, Any]:
+    return {
+        "name": site.name,
+        "path": site.path,
+        "form": site.form.name,
+        "runs": site.form.fused,
+        "weight": site.weight,
+        "activation": site.activation,
+        "stored_bits": site.bits,
+    }
+
+
+def _annotate(path: Path, properties: dict[str, Any]) -> None:
+    """Write what is known about a model into its metadata; the weights' file is left as it is."""
+    model = onir.load(path)
+    model.metadata_props[PROPERTY] = json.dumps(properties)
+    scratch = path.with_name(f".{MODEL}")
+    onir.save(model, scratch)
+    scratch.replace(path)

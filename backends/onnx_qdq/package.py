@@ -1,0 +1,105 @@
+"""`OnnxExecutable`: a model file, its session and its report; and the folder they are saved as."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as onir
+import onnxruntime
+import torch
+from torch import Tensor
+
+from backends.onnx_qdq.genai import genai_config
+from backends.onnx_qdq.session import open_session, run_flat
+from ir.errors import DataError
+from ir.signature import Signature
+
+MODEL, WEIGHTS, GENAI = "model.onnx", "model.onnx.data", "genai_config.json"
+PROPERTY = "fxpress"  # the model's metadata entry that holds signature, session settings and report
+
+
+def write(model: onir.Model, directory: Path) -> Path:
+    """Write a model and its weights, which are always external; both appear under their names only when they are complete."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as scratch:
+        onir.save(model, Path(scratch) / MODEL, external_data=WEIGHTS, size_threshold_bytes=1024)
+        _move(Path(scratch), directory)
+    return directory / MODEL
+
+
+def _move(source: Path, directory: Path) -> None:
+    """Rename the files of a folder into another on the same disk, the model last."""
+    for name in (WEIGHTS, MODEL):
+        if (source / name).exists():
+            (source / name).replace(directory / name)
+
+
+class OnnxExecutable:
+    """A lowered model in ONNX Runtime: call it with flat tensors, save it, load it.
+
+    Args:
+        path: the model file.
+        session: a session over it.
+        properties: what was written into the model's metadata: signature, session settings, report and the genai configuration.
+        folder: a temporary folder that holds the file and goes with this object.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        session: onnxruntime.InferenceSession,
+        properties: Mapping[str, Any],
+        folder: "tempfile.TemporaryDirectory[str] | None" = None,
+    ) -> None:
+        self._path, self._session, self._properties, self._folder = path, session, properties, folder
+        self.signature = Signature.from_json(properties["signature"])
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Flat outputs in the order and the dtypes of the signature."""
+        with torch.no_grad():
+            outputs = run_flat(self._session, inputs)
+        return tuple(y.to(port.torch_dtype) for y, port in zip(outputs, self.signature.outputs, strict=True))
+
+    def report(self) -> dict[str, Any]:
+        """Form and storage per site, operators that run, difference from the oracle on the probe, bytes on disk."""
+        files = [self._path.with_name(name) for name in (MODEL, WEIGHTS)]
+        return {**self._properties["report"], "bytes": sum(file.stat().st_size for file in files if file.exists())}
+
+    def save(self, directory: str | Path) -> None:
+        """Write `model.onnx`, `model.onnx.data` and, for decoders, `genai_config.json`."""
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        if target.resolve() != self._path.parent.resolve():
+            with tempfile.TemporaryDirectory(dir=target, prefix=".writing-") as scratch:
+                for name in (MODEL, WEIGHTS):
+                    if self._path.with_name(name).exists():
+                        shutil.copyfile(self._path.with_name(name), Path(scratch) / name)
+                _move(Path(scratch), target)
+        config = self._properties.get("genai")
+        if config is not None:
+            (target / GENAI).write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, directory: str | Path, *, threads: int = 0) -> "OnnxExecutable":
+        """The executable that `save` wrote.
+
+        Raises:
+            DataError: there is no such model, or another program wrote it.
+        """
+        path = Path(directory) / MODEL
+        if not path.exists():
+            raise DataError(f"there is no {MODEL}", where=str(directory))
+        text = onir.load(path).metadata_props.get(PROPERTY)
+        if text is None:
+            raise DataError("fxpress did not write this model", where=str(path), remedy="open it with onnxruntime")
+        properties = json.loads(text)
+        return cls(path, open_session(path, properties["session"], threads=threads), properties)
+
+
+def properties_of(signature: Signature, entries: Mapping[str, str], config: Any) -> dict[str, Any]:
+    """What a model's metadata says about it, before the report is known."""
+    genai = None if config is None else genai_config(config, signature, entries, MODEL)
+    return {"signature": signature.to_json(), "session": dict(entries), "genai": genai}

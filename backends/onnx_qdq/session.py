@@ -1,0 +1,141 @@
+"""Run a model in ONNX Runtime and prove what it runs: every site fused as its form promises, outputs equal to the oracle."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnxruntime
+import torch
+from torch import Tensor
+
+from ir.encoding import Encoding
+from ir.errors import BackendError
+
+PROVIDERS = ("CPUExecutionProvider",)
+LEVEL_KEY = "session.qdq_matmulnbits_accuracy_level"
+EXACT_LEVEL = 1
+
+TOLERANCES = (
+    # least bits of an activation, greatest ‖ours − oracle‖ / ‖oracle‖: a rounding that falls on the other side moves an output by a step
+    (16, 1e-3),
+    (8, 5e-2),
+    (0, 0.5),
+)
+TOLERANCE_OF_HALF_ORACLES = 5e-2  # the oracle itself rounds to 8 or 11 bits
+
+
+def session_entries(accuracy_level: int) -> dict[str, str]:
+    """Settings that every session of our models needs.
+
+    Processors without VNNI multiply unsigned by signed bytes with a saturating instruction; `x64quantprecision` selects exact kernels there.
+    """
+    return {LEVEL_KEY: str(accuracy_level), "session.x64quantprecision": "1"}
+
+
+def open_session(path: Path, entries: Mapping[str, str], *, threads: int, profile: Path | None = None) -> onnxruntime.InferenceSession:
+    """A session over a model file on the CPU provider.
+
+    Raises:
+        BackendError: ONNX Runtime refuses the model.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=list(PROVIDERS))
+    except Exception as error:  # ONNX Runtime's exceptions share no public base
+        lines = str(error).splitlines()
+        raise BackendError(f"ONNX Runtime refuses the model: {lines[0] if lines else error}", where=str(path)) from error
+
+
+def run_flat(session: onnxruntime.InferenceSession, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs for flat inputs, in order; inputs are converted to the dtypes that the model takes."""
+    feeds = {}
+    for port, x in zip(session.get_inputs(), inputs, strict=True):
+        dtype = _TORCH_DTYPE.get(port.type, x.dtype)
+        feeds[port.name] = x.detach().to("cpu", dtype).contiguous().numpy()
+    return [torch.from_numpy(array) for array in session.run(None, feeds)]
+
+
+_TORCH_DTYPE = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(bool)": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Executed:
+    """The nodes that ONNX Runtime ran in one call, after its own optimizations: operators by node name."""
+
+    operators: Mapping[str, str]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many nodes of each operator ran."""
+        return dict(sorted(Counter(self.operators.values()).items()))
+
+
+def end_profile(session: onnxruntime.InferenceSession) -> Executed:
+    """Read and delete the profile of a session that was opened with one."""
+    path = Path(session.end_profiling())
+    events = json.loads(path.read_text())
+    path.unlink()
+    nodes = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            nodes[event["args"].get("node_index", "") + event["name"].removesuffix("_kernel_time")] = event["args"]["op_name"]
+    return Executed(nodes)
+
+
+def require_fused(expected: Mapping[str, tuple[str, str]], executed: Executed) -> None:
+    """Check that every site runs as the operator its form promises.
+
+    Args:
+        expected: by weight name: the promised operator and the module path.
+        executed: what ran.
+
+    Raises:
+        BackendError: naming the sites that are not fused.
+    """
+    left = [name for name in expected if any(node.endswith(f"{name}/DequantizeLinear") for node in executed.operators)]
+    promised = Counter(operator for operator, _ in expected.values())
+    counts = executed.counts
+    short = {operator: count for operator, count in promised.items() if counts.get(operator, 0) < count}
+    if left or short:
+        found = {operator: counts.get(operator, 0) for operator in promised}
+        raise BackendError(
+            f"ONNX Runtime did not fuse every quantized operator: promised {dict(promised)}, found {found}; all: {counts}",
+            where=", ".join(expected[name][1] for name in left) or "sites unknown",
+            remedy="exclude these modules, choose another group size, or report the ONNX Runtime version",
+        )
+
+
+def tolerance(activations: Sequence[str], oracle: torch.dtype) -> float:
+    """The difference up to which outputs count as equal, for the encodings of the rounded activations and the oracle's dtype."""
+    least = min((Encoding.parse(text).bits for text in activations if text), default=32)
+    allowed = next(bound for bits, bound in TOLERANCES if least >= bits)
+    return max(allowed, TOLERANCE_OF_HALF_ORACLES) if oracle.itemsize < 4 else allowed
+
+
+def difference(ours: Sequence[Tensor], oracle: Sequence[Tensor]) -> float:
+    """The greatest ‖ours − oracle‖ / ‖oracle‖ over the outputs; infinite if a value is not finite where the oracle's is."""
+    return max((_distance(a, b) for a, b in zip(ours, oracle, strict=True) if b.numel()), default=0.0)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    a, b = a.double(), b.double()
+    finite = b.isfinite()
+    if a.shape != b.shape or not a[finite].isfinite().all():
+        return float("inf")
+    norm = float(b[finite].norm())
+    return float((a[finite] - b[finite]).norm()) / (norm or 1.0)

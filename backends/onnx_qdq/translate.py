@@ -1,0 +1,150 @@
+"""Write a legalized graph as an ONNX model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as onir
+import torch
+from onnxscript import values
+from onnxscript import opset23 as op
+from torch import Tensor
+from torch.fx import GraphModule
+
+from backends.onnx_qdq.legalize import SITE
+from backends.onnx_qdq.sites import ATEN, FXPRESS
+from ir.encoding import Encoding
+from ir.errors import BackendError
+from ir.numerics import TINY, code_range, storage_dtype
+
+_MICROSOFT = values.Opset("com.microsoft", 1)
+_ONNX_DTYPE = {torch.int8: onir.DataType.INT8, torch.uint8: onir.DataType.UINT8}
+
+
+def to_onnx(gm: GraphModule, example: Sequence[Tensor], opset: int) -> onir.Model:
+    """The graph as an unoptimized ONNX model; axes whose recorded sizes are symbolic stay dynamic.
+
+    Raises:
+        BackendError: an operator of the graph has no ONNX form.
+    """
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    shapes = [
+        {axis: torch.export.Dim.AUTO for axis, size in enumerate(node.meta["val"].shape) if not isinstance(size, int)} for node in placeholders
+    ]
+    try:
+        with torch.no_grad():
+            program = torch.export.export(gm, tuple(example), dynamic_shapes=_by_name(gm, shapes))
+            exported = torch.onnx.export(
+                program, dynamo=True, opset_version=opset, custom_translation_table=TRANSLATIONS, optimize=False, verbose=False
+            )
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+        lines = str(error).strip().splitlines()
+        raise BackendError(
+            f"the graph has no ONNX form: {lines[0] if lines else type(error).__name__}",
+            remedy="the chained error names the operator; keep the reference backend, or report the operator",
+        ) from error
+    assert exported is not None
+    return exported.model
+
+
+def _by_name(gm: GraphModule, shapes: Sequence[Any]) -> dict[str, Any]:
+    names = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
+    return dict(zip(names, shapes, strict=True))
+
+
+def _float(value: float) -> Any:
+    return op.Constant(value=onir.tensor(value, dtype=onir.DataType.FLOAT))
+
+
+def _with_bias(y: Any, bias: Any) -> Any:
+    return y if bias is None else op.Add(y, bias)
+
+
+def _blocked(x: Any, codes: Any, scale: Any, zero_point: Any, bias: Any, rows: int, bits: int, block: int) -> Any:
+    """x · DQ(codes [K, N]) along axis 0, which ONNX Runtime fuses to MatMulNBits."""
+    operands = [codes, scale] if zero_point is None else [codes, scale, zero_point]
+    return _with_bias(op.MatMul(x, op.DequantizeLinear(*operands, axis=0, block_size=block)), bias)
+
+
+def _integer(x: Any, codes: Any, scale: Any, zero_point: Any, bias: Any, step: Any, offset: Any, low: int, high: int) -> Any:
+    """s · (Q(x / s) · DQ(codes)), which ONNX Runtime fuses to MatMulIntegerToFloat. Activation codes are stored unsigned, shifted by 128."""
+    shift = 0 if low == 0 else 128
+    wide = high - low == 255
+    weight = op.DequantizeLinear(codes, scale, zero_point, axis=1)
+    zero = offset if offset is not None else op.Constant(value=onir.tensor(shift, dtype=onir.DataType.UINT8))
+    if step is not None and wide:
+        q = op.QuantizeLinear(x, step, zero)
+        return _with_bias(op.MatMul(op.DequantizeLinear(q, step, zero), weight), bias)
+    s = _token_step(x, (high - low) / 2) if step is None else step
+    scaled = op.Div(x, s)
+    if not wide:
+        z = _float(0.0) if offset is None else op.Cast(offset, to=onir.DataType.FLOAT)
+        scaled = op.Clip(op.Round(scaled), op.Sub(_float(float(low)), z), op.Sub(_float(float(high)), z))
+    one = _float(1.0)
+    product = op.MatMul(op.DequantizeLinear(op.QuantizeLinear(scaled, one, zero), one, zero), weight)
+    return _with_bias(op.Mul(product, s), bias)
+
+
+def _token_step(x: Any, greatest: float) -> Any:
+    """max|x| / greatest over the last axis, kept away from zero."""
+    last = op.Constant(value=onir.tensor([-1], dtype=onir.DataType.INT64))
+    return op.Max(op.Div(op.ReduceMax(op.Abs(x), last), _float(greatest)), _float(TINY))
+
+
+def _gather(ids: Any, codes: Any, scale: Any, zero_point: Any, columns: int, bits: int, block: int) -> Any:
+    """Rows of a quantized table, dequantized after they are picked."""
+    operands = [codes, ids, scale] if zero_point is None else [codes, ids, scale, zero_point]
+    gather = values.Op(_MICROSOFT, "GatherBlockQuantized")
+    return gather(*operands, block_size=block, bits=bits, gather_axis=0, quantize_axis=1)
+
+
+def _choose_qparams(x: Any, encoding: str) -> tuple[Any, Any]:
+    """Dynamic scales and zero points in float arithmetic, as `ir.numerics.choose_qparams`."""
+    e = Encoding.parse(encoding)
+    low, high = code_range(e)
+    axes = op.Constant(value=onir.tensor([-1] if len(e.block) > 1 else list(range(len(x.shape))), dtype=onir.DataType.INT64))
+    if e.symmetric:
+        scale = op.Max(op.Div(op.ReduceMax(op.Abs(x), axes), _float((high - low) / 2)), _float(TINY))
+        return scale, op.Cast(op.Sub(scale, scale), to=onir.DataType.UINT8)
+    zero = _float(0.0)
+    least, greatest = op.Min(op.ReduceMin(x, axes), zero), op.Max(op.ReduceMax(x, axes), zero)
+    scale = op.Max(op.Div(op.Sub(greatest, least), _float(float(high - low))), _float(TINY))
+    offset = op.Clip(op.Round(op.Div(op.Neg(least), scale)), _float(float(low)), _float(float(high)))
+    return scale, op.Cast(offset, to=onir.DataType.UINT8)
+
+
+def _quantize(x: Any, scale: Any, zero_point: Any, encoding: str) -> Any:
+    """Codes in float arithmetic: no QuantizeLinear, which next to a blocked weight ONNX Runtime fuses wrongly."""
+    e = Encoding.parse(encoding)
+    low, high = code_range(e)
+    codes = op.Round(op.Div(x, scale))
+    if not e.symmetric and zero_point is not None:
+        codes = op.Add(codes, op.Cast(zero_point, to=onir.DataType.FLOAT))
+    return op.Cast(op.Clip(codes, _float(float(low)), _float(float(high))), to=_ONNX_DTYPE[storage_dtype(e)])
+
+
+def _dequantize(codes: Any, scale: Any, zero_point: Any, encoding: str, dtype: int) -> Any:
+    """(q − z) · s in float arithmetic."""
+    numbers = op.Cast(codes, to=onir.DataType.FLOAT)
+    if zero_point is not None and not Encoding.parse(encoding).symmetric:
+        numbers = op.Sub(numbers, op.Cast(zero_point, to=onir.DataType.FLOAT))
+    return op.Mul(numbers, scale)
+
+
+def _rms_norm(x: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
+    """RMSNormalization over the last axes, with a gain of ones if there is none."""
+    gain = onir.tensor(torch.ones(tuple(normalized_shape)).numpy())
+    weight = op.Constant(value=gain) if weight is None else weight
+    epsilon = torch.finfo(torch.float32).eps if eps is None else eps
+    return op.RMSNormalization(x, weight, axis=-len(normalized_shape), epsilon=epsilon)
+
+
+TRANSLATIONS: dict[Any, Any] = {
+    SITE.blocked.default: _blocked,
+    SITE.integer.default: _integer,
+    SITE.gather.default: _gather,
+    FXPRESS.choose_qparams.default: _choose_qparams,
+    FXPRESS.quantize.default: _quantize,
+    FXPRESS.dequantize.default: _dequantize,
+    ATEN.rms_norm.default: _rms_norm,
+}
+"""Operators whose translation is ours: the exporter's own is used for the rest."""

@@ -1,0 +1,194 @@
+"""The one place that changes graphs: emit, replace, parameters, clean."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import Target, map_arg
+
+KEPT_META = ("stack_trace", "nn_module_stack")  # provenance that an emitted node inherits
+
+
+def value(node: Node) -> Any:
+    """The fake value recorded for a node: a fake tensor, a symbolic size or a tuple of them."""
+    return node.meta["val"]
+
+
+def module_path(node: Node) -> str:
+    """The dotted path of the module that a node was captured from; empty for nodes of the root."""
+    stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+    return next((str(path) for path, _ in reversed(stack.values())), "")
+
+
+def emit(
+    gm: GraphModule, target: Target, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, before: Node, like: Node | None = None
+) -> Node:
+    """Insert `target(*args, **kwargs)` before a node, infer its value, and record where it came from.
+
+    Args:
+        before: the node that the new one precedes.
+        like: the node whose provenance (module path, source line) the new one inherits; `before` if None.
+    """
+    with gm.graph.inserting_before(before):
+        node = gm.graph.call_function(target, tuple(args), dict(kwargs or {}))  # type: ignore[arg-type]
+    source = before if like is None else like
+    node.meta.update({key: source.meta[key] for key in KEPT_META if key in source.meta})
+    infer(node)
+    return node
+
+
+def infer(node: Node) -> None:
+    """Set a call's `meta["val"]` from its operands' values."""
+    mode = _fake_mode(node.graph)
+    args, kwargs = map_arg((node.args, node.kwargs), value)
+    with mode if mode is not None else _nothing(), torch.no_grad():
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _fake_mode(graph: Graph) -> Any:
+    """The mode that made the graph's fake tensors."""
+    for node in graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None:
+            return mode
+    return None
+
+
+def replace(node: Node, new: Node) -> None:
+    """Let every reader of `node` read `new` instead, and erase `node`."""
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    node.graph.erase_node(node)
+
+
+def attribute(gm: GraphModule, node: Node) -> Tensor:
+    """The tensor that a get_attr node reads."""
+    holder, _, name = str(node.target).rpartition(".")
+    tensor = getattr(gm.get_submodule(holder), name)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
+
+
+def add_attribute(gm: GraphModule, name: str, tensor: Tensor, *, before: Node) -> Node:
+    """A new get_attr node for `tensor` under the dotted `name`, made unique with a counter if it is taken."""
+    unique, counter = name, 1
+    while _taken(gm, unique):
+        unique, counter = f"{name}_{counter}", counter + 1
+    store(gm, unique, tensor)
+    with gm.graph.inserting_before(before):
+        node = gm.graph.get_attr(unique)
+    node.meta["val"] = _fake(gm, tensor)
+    return node
+
+
+def set_attribute(gm: GraphModule, node: Node, tensor: Tensor) -> None:
+    """Give a get_attr node another tensor; the old one, which the caller's model may share, is left untouched."""
+    store(gm, str(node.target), tensor)
+    node.meta["val"] = _fake(gm, tensor)
+
+
+def store(gm: GraphModule, name: str, tensor: Tensor) -> None:
+    """Put `tensor` under a dotted name of the module tree: floats as frozen parameters, the rest as buffers."""
+    holder, _, leaf = name.rpartition(".")
+    module = _submodule(gm, holder)
+    for registry in (module._parameters, module._buffers):
+        registry.pop(leaf, None)
+    if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
+        module.register_parameter(leaf, torch.nn.Parameter(tensor.detach(), requires_grad=False))
+    else:
+        module.register_buffer(leaf, tensor.detach())
+
+
+def _submodule(gm: GraphModule, path: str) -> torch.nn.Module:
+    """The module at a dotted path, made on the way where it does not exist."""
+    module: torch.nn.Module = gm
+    for name in filter(None, path.split(".")):
+        if not hasattr(module, name):
+            module.add_module(name, torch.nn.Module())
+        module = getattr(module, name)
+    return module
+
+
+def _taken(gm: GraphModule, name: str) -> bool:
+    module: Any = gm
+    for part in name.split("."):
+        if not hasattr(module, part):
+            return False
+        module = getattr(module, part)
+    return True
+
+
+def _fake(gm: GraphModule, tensor: Tensor) -> Any:
+    mode = _fake_mode(gm.graph)
+    return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
+
+
+def set_operand(node: Node, name: str, new: Any) -> None:
+    """Pass `new` as the operand of that schema name; the node's value is not inferred again."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    position = [argument.name for argument in node.target._schema.arguments].index(name)
+    if position < len(node.args):
+        node.update_arg(position, new)
+    else:
+        node.update_kwarg(name, new)
+
+
+def drop_unread(gm: GraphModule) -> int:
+    """Erase calls and get_attr nodes that nothing reads; says how many."""
+    count = 0
+    for node in reversed(gm.graph.nodes):
+        if node.op in {"call_function", "get_attr"} and not node.users:
+            gm.graph.erase_node(node)
+            count += 1
+    return count
+
+
+def settle_sizes(gm: GraphModule) -> int:
+    """Write sizes that turned out to be fixed while the graph was traced as numbers; says how many nodes recorded one as a symbol."""
+    mode = _fake_mode(gm.graph)
+    count = 0
+    for node in list(gm.graph.nodes):
+        fake = node.meta.get("val")
+        if isinstance(fake, torch.SymInt) and _settled(fake) is not fake:
+            for user in list(node.users):
+                user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda read, node=node, fake=fake: _settled(fake) if read is node else read)
+            count += 1
+        elif isinstance(fake, torch.Tensor) and any(_settled(size) is not size for size in fake.shape):
+            with mode if mode is not None else _nothing():
+                shape, stride = [_settled(size) for size in fake.shape], [_settled(step) for step in fake.stride()]
+                node.meta["val"] = torch.empty_strided(shape, stride, dtype=fake.dtype, device=fake.device)
+            count += 1
+    return count
+
+
+def _settled(size: Any) -> Any:
+    """A size as a number if it is known, itself otherwise."""
+    number = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
+    return size if number is None else number
+
+
+def drop(gm: GraphModule, node: Node) -> None:
+    """Erase a get_attr node that nobody reads any more, and release its tensor: in normal form no other node reads that name."""
+    if not node.users:
+        holder, _, leaf = str(node.target).rpartition(".")
+        node.graph.erase_node(node)
+        delattr(gm.get_submodule(holder), leaf)
+
+
+def clean(gm: GraphModule) -> None:
+    """Drop nodes without readers and tensors without nodes, then recompile."""
+    drop_unread(gm)
+    used = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    for name, _ in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]:
+        if name not in used:
+            holder, _, leaf = name.rpartition(".")
+            delattr(gm.get_submodule(holder), leaf)
+    gm.delete_all_unused_submodules()
+    gm.recompile()

@@ -1,0 +1,160 @@
+"""`Signature`: what a flat graph's inputs and outputs are called, and how a caller's arguments map onto them.
+
+A graph in normal form takes and returns flat tensors. Their names are dotted paths, `past_key_values.3.value`, that state the structure; they
+are the same in every backend and in every saved file. Values that a caller leaves out (attention mask, positions, an empty cache) are made up.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from ir.errors import DataError
+
+CACHE = "past_key_values"
+CACHE_PARTS = ("key", "value")
+
+
+@dataclass(frozen=True)
+class Port:
+    """One flat input or output: its dotted name, its dtype as text, and its sizes, None where they vary from call to call."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch's object."""
+        dtype = getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise DataError(f"{self.dtype!r} is not a dtype", where=self.name)
+        return dtype
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The names of a flat graph's inputs and outputs.
+
+    Args:
+        inputs: in the order of the placeholders.
+        outputs: in the order of the output node's tuple.
+        output_class: the class in `transformers.modeling_outputs` that callers get back; empty for plain modules, which get a tensor, or
+            a tuple if there are several.
+        positional: names that a caller may pass by position, in order.
+    """
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    output_class: str = ""
+    positional: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> int:
+        """The number of layers that keep a key/value cache."""
+        return sum(port.name.startswith(f"{CACHE}.") for port in self.inputs) // 2
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the arguments a caller may give, without duplicates, in order."""
+        return tuple(dict.fromkeys(port.name.split(".")[0] for port in self.inputs))
+
+    def bind(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """The flat inputs for a call, missing ones made up.
+
+        Raises:
+            DataError: an unknown name, a missing input that cannot be made up, a wrong dtype or shape.
+        """
+        if len(args) > len(self.positional):
+            raise DataError(f"{len(args)} positional arguments given, the model takes {len(self.positional)}: {list(self.positional)}")
+        given = {**dict(zip(self.positional, args, strict=False)), **kwargs}
+        given = {name: value for name, value in given.items() if value is not None}
+        unknown = sorted(set(given) - set(self.names))
+        if unknown:
+            raise DataError(f"unknown inputs {unknown}", where="call of the compiled model", remedy=f"the inputs are {list(self.names)}")
+        flat = _flatten_cache(given)
+        made = _defaults(self, flat)
+        values = []
+        for port in self.inputs:
+            value = flat.get(port.name, made.get(port.name))
+            if value is None:
+                raise DataError(f"input {port.name!r} is missing", remedy=f"the inputs are {list(self.names)}")
+            values.append(_checked(port, value))
+        return values
+
+    def wrap(self, outputs: Sequence[Tensor]) -> Any:
+        """Flat outputs as the structure the model itself returns."""
+        if not self.output_class:
+            return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        fields: dict[str, Any] = {port.name: value for port, value in zip(self.outputs, outputs, strict=True) if "." not in port.name}
+        cache = [value for port, value in zip(self.outputs, outputs, strict=True) if port.name.startswith("present.")]
+        if cache:
+            fields[CACHE] = transformers.DynamicCache(list(zip(cache[::2], cache[1::2], strict=True)))
+        wrapper = getattr(transformers.modeling_outputs, self.output_class, None)
+        known = isinstance(wrapper, type) and issubclass(wrapper, transformers.utils.ModelOutput)
+        return wrapper(**fields) if known else transformers.utils.ModelOutput(fields)  # type: ignore[misc]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data that `from_json` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Signature":
+        """The signature that `to_json` wrote."""
+        ports = {
+            key: tuple(Port(str(p["name"]), str(p["dtype"]), tuple(p["shape"])) for p in data[key]) for key in ("inputs", "outputs")
+        }
+        return cls(**ports, output_class=str(data["output_class"]), positional=tuple(map(str, data["positional"])))
+
+
+def _flatten_cache(given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Arguments by flat name: a cache object, or a list of (key, value) pairs, becomes one entry per tensor."""
+    flat: dict[str, Tensor] = {}
+    for name, value in given.items():
+        if isinstance(value, torch.Tensor):
+            flat[name] = value
+            continue
+        pairs = [(layer.keys, layer.values) for layer in value.layers] if hasattr(value, "layers") else value
+        for index, pair in enumerate(pairs):
+            flat |= {f"{name}.{index}.{part}": tensor for part, tensor in zip(CACHE_PARTS, pair, strict=False)}
+    return flat
+
+
+def _defaults(signature: Signature, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs that follow from the others: an empty cache, a mask of ones, positions that count the unmasked tokens, segment zero."""
+    lead = flat.get("input_ids")
+    if lead is None or lead.ndim != 2:
+        return {}
+    batch, length = lead.shape
+    made: dict[str, Tensor] = {}
+    past = 0
+    for port in signature.inputs:
+        if port.name.startswith(f"{CACHE}."):
+            shape = [batch if axis == 0 else 0 if size is None else size for axis, size in enumerate(port.shape)]
+            made[port.name] = torch.zeros(shape, dtype=port.torch_dtype, device=lead.device)
+            given = flat.get(port.name)
+            past = given.shape[2] if given is not None else 0
+    mask = flat.get("attention_mask")
+    if mask is None:
+        mask = torch.ones(batch, past + length, dtype=torch.int64, device=lead.device)
+    made["attention_mask"] = mask
+    if mask.ndim == 2:
+        made["position_ids"] = (mask.to(torch.int64).cumsum(-1) - 1).clamp_min(0)[:, -length:]
+    made["token_type_ids"] = torch.zeros_like(lead)
+    return made
+
+
+def _checked(port: Port, value: Tensor) -> Tensor:
+    """`value` if it fits the port; integers of another width are converted."""
+    wanted = port.torch_dtype
+    if value.ndim != len(port.shape) or any(size is not None and size != given for size, given in zip(port.shape, value.shape, strict=True)):
+        expected = ["any" if size is None else size for size in port.shape]
+        raise DataError(f"input {port.name!r} has shape {list(value.shape)}, expected {expected}")
+    if value.dtype != wanted:
+        if value.is_floating_point() != wanted.is_floating_point:
+            raise DataError(f"input {port.name!r} has dtype {value.dtype}, expected {wanted}")
+        value = value.to(wanted)
+    return value

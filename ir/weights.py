@@ -1,0 +1,29 @@
+"""Stored weights: where codes, scales and zero points live in a graph."""
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ir import edit
+from ir.encoding import Encoding
+from ir.numerics import QParams
+from ir.ops import DEQUANTIZE
+from ir.sites import Layer
+
+SCALE_DTYPE = torch.float16  # scales of weights are stored, and counted, in 16 bits
+
+
+def set_codes(gm: GraphModule, layer: Layer, encoding: Encoding, codes: Tensor, qparams: QParams) -> None:
+    """Make a layer read `dequantize(codes, scale, zero_point)` instead of its floating-point weight, which is dropped by the next `clean`.
+
+    The tensors are stored as `<weight>_codes`, `<weight>_scale` and `<weight>_zero_point`, beside the weight's own name.
+    """
+    weight = layer.weight
+    name, dtype = str(weight.target), edit.value(weight).dtype
+    parts = {"codes": codes, "scale": qparams.scale, "zero_point": qparams.zero_point}
+    nodes = {
+        key: None if tensor is None else edit.add_attribute(gm, f"{name}_{key}", tensor, before=layer.node) for key, tensor in parts.items()
+    }
+    operands = (nodes["codes"], nodes["scale"], nodes["zero_point"], str(encoding), dtype)
+    layer.site("weight").read(edit.emit(gm, DEQUANTIZE, operands, before=layer.node))
+    edit.drop(gm, weight)

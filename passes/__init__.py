@@ -1,0 +1,43 @@
+"""The front door: `passes.compile(model, pipeline=...)`, `passes.load(folder)`, and what one needs to write a pass."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ir.edit import emit, replace
+    from ir.encoding import Encoding
+    from ir.errors import FxpressError
+    from ir.match import find
+    from passes import presets
+    from passes.base import Context, Effect, Pass
+    from passes.compiled import Compiled, load
+    from passes.driver import compile  # noqa: A004 (users write passes.compile)
+    from passes.pipeline import Pipeline
+    from passes.recipe import Recipe
+
+# Public name: where it is defined. Nothing is imported before it is asked for, so that `fxpress --help` is quick.
+_WHERE = {
+    "Compiled": "passes.compiled",
+    "Context": "passes.base",
+    "Effect": "passes.base",
+    "Encoding": "ir.encoding",
+    "FxpressError": "ir.errors",
+    "Pass": "passes.base",
+    "Pipeline": "passes.pipeline",
+    "Recipe": "passes.recipe",
+    "compile": "passes.driver",
+    "emit": "ir.edit",
+    "find": "ir.match",
+    "load": "passes.compiled",
+    "replace": "ir.edit",
+}
+
+__all__ = ["Compiled", "Context", "Effect", "Encoding", "FxpressError", "Pass", "Pipeline", "Recipe", "compile", "emit", "find", "load", "presets", "replace"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "presets":
+        return importlib.import_module("passes.presets")
+    if name not in _WHERE:
+        raise AttributeError(f"module 'passes' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)

@@ -1,0 +1,44 @@
+"""What a backend is to the driver: it says what it supports, lowers a graph to an executable, and loads one from a folder."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ir.encoding import Encoding
+
+
+class Executable(Protocol):
+    """A lowered model with flat inputs and outputs, in the order of the graph's signature."""
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Flat outputs for flat inputs."""
+
+    def save(self, directory: Path) -> None:
+        """Write everything that `Backend.load` needs into an existing, empty folder."""
+
+    def report(self) -> dict[str, Any]:
+        """What the backend measured and decided, as plain data."""
+
+
+class Backend(Protocol):
+    """A target: reference, onnx, or a third party's from the entry-point group `fxpress.backends`."""
+
+    @property
+    def name(self) -> str:
+        """The name of its entry point."""
+
+    def supports(self, operator: str, encodings: Mapping[str, Encoding], shape: Sequence[int]) -> str | None:
+        """None if an operator (its class name: "Linear") can have these encodings on its operands, else the reason why not."""
+
+    def lower(self, gm: GraphModule, probe: Sequence[Tensor], notes: list[str]) -> Executable:
+        """The executable of a quantized graph, checked on the probe inputs.
+
+        Raises:
+            BackendError: an operator it cannot lower, or a result that fails a gate.
+        """
+
+    def load(self, directory: Path) -> Executable:
+        """The executable that was saved in a folder."""

@@ -1,0 +1,114 @@
+"""The contract of a pass: `Pass`, its `Effect`, and the `Context` that a run hands from pass to pass."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ir.statistics import Statistics
+from passes.progress import Progress
+
+if TYPE_CHECKING:
+    from passes.backend import Backend
+
+T = TypeVar("T")
+
+
+class Effect(Enum):
+    """What a pass may change. It decides which check runs after the pass and when statistics go stale.
+
+    OBSERVE changes nothing. ANNOTATE changes encodings only. PRESERVE changes the graph but not the function. CHANGE changes the function.
+    """
+
+    OBSERVE = "observe"
+    ANNOTATE = "annotate"
+    PRESERVE = "preserve"
+    CHANGE = "change"
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A layer, or other weight bytes, left as they were: where, why, how many bytes, and whether the recipe had asked for them."""
+
+    path: str
+    reason: str
+    bytes: int
+    asked: bool = False
+
+
+@dataclass
+class Context:
+    """What passes of one compile share.
+
+    Args:
+        calibration: flat inputs, one list of tensors per batch; empty if none was given.
+        probe: flat inputs that the checks of effects run on.
+        seed: of everything random.
+        progress: shows long loops.
+        statistics: what `observe` measured; None before it runs and after the graph changes.
+        skipped: what passes left out, filled by `skip`.
+        notes: sentences for the report.
+        backend: the target; what it does not support is refused as soon as it is annotated.
+        allow_partial: leave unsupported layers as they are, instead of refusing.
+    """
+
+    calibration: Sequence[list[Tensor]] = ()
+    probe: Sequence[Tensor] = ()
+    seed: int = 0
+    progress: Progress = field(default_factory=Progress)
+    statistics: Statistics | None = None
+    skipped: list[Skip] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    backend: "Backend | None" = None
+    allow_partial: bool = False
+
+    def skip(self, path: str, reason: str, size: int, asked: bool = False) -> None:
+        """Record that the weight bytes at `path` are left as they are, and why."""
+        self.skipped.append(Skip(path, reason, size, asked))
+
+    def track(self, items: Iterable[T], doing: str) -> Iterator[T]:
+        """`items`, with a progress bar."""
+        return self.progress.track(items, doing)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A transformation of a graph: a frozen dataclass whose fields are its options.
+
+    A subclass sets `effect` and defines `run`. Its name is its class name in snake case; its text form is a call with the options that
+    differ from their defaults, `round_weights(damping=0.05)`.
+    """
+
+    effect: ClassVar[Effect]
+
+    def requires(self, gm: GraphModule, ctx: Context) -> None:
+        """Raise an `FxpressError` if the pass cannot run on this graph; called before any pass's long work where possible."""
+
+    def run(self, gm: GraphModule, ctx: Context) -> int:
+        """Change `gm` in place and return the number of sites changed."""
+        raise NotImplementedError
+
+    @classmethod
+    def name(cls) -> str:
+        """The name in pipeline text."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+
+    def __str__(self) -> str:
+        changed = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
+        return self.name() + (f"({', '.join(f'{name}={value!r}' for name, value in changed)})" if changed else "")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one pass did: sites changed, seconds taken, and the relative error of the outputs it caused (None where nothing may change)."""
+
+    text: str
+    effect: Effect
+    sites: int
+    seconds: float
+    difference: float | None
+    skipped: tuple[Skip, ...] = ()

@@ -1,0 +1,73 @@
+"""Calibration data: whatever a caller has, as a list of flat inputs that fit the graph."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ir.errors import DataError
+from ir.signature import Signature
+
+
+def flat_batches(gm: GraphModule, calibration: Iterable[Any] | None) -> list[list[Tensor]]:
+    """The flat inputs of every batch.
+
+    Args:
+        calibration: batches: dicts of inputs, token tensors `[batch, length]` (or `[length]`), or what a `DataLoader` yields, tuples of a
+            plain module's positional inputs among it. None for no calibration.
+
+    Raises:
+        DataError: no batch at all, wrong names, shapes or dtypes, values that are not finite; says which batch.
+    """
+    if calibration is None:
+        return []
+    signature: Signature = gm.meta["signature"]
+    batches = []
+    for index, batch in enumerate(calibration):
+        try:
+            batches.append(_flat(signature, batch))
+        except DataError as error:
+            raise DataError(error.what, where=f"calibration batch {index}", remedy=error.remedy) from error
+    if not batches:
+        raise DataError("calibration is empty", remedy="give at least one batch; texts shorter than one window yield none")
+    return batches
+
+
+def _flat(signature: Signature, batch: Any) -> list[Tensor]:
+    if isinstance(batch, Mapping):
+        bound = signature.bind(**batch)
+    else:
+        values = list(batch) if isinstance(batch, tuple | list) else [batch]
+        if not all(isinstance(value, Tensor) for value in values):
+            raise DataError(f"a batch is a dict, a tensor or a tuple of tensors, not {type(batch).__name__}")
+        if len(values) == 1 and values[0].ndim == 1 and len(signature.inputs[0].shape) == 2:
+            values[0] = values[0][None]
+        bound = signature.bind(*values)
+    if any(not torch.isfinite(value).all() for value in bound if value.is_floating_point()):
+        raise DataError("the inputs are not finite")
+    if any(value.numel() == 0 for value, port in zip(bound, signature.inputs, strict=True) if "." not in port.name):
+        raise DataError("the inputs are empty")
+    return bound
+
+
+def token_windows(text: str, tokenizer: Any, window: int = 256, count: int | None = None, seed: int | None = None) -> Tensor:
+    """Windows of `window` tokens of a text, int64 `[n, window]`.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        count: how many windows; all if None.
+        seed: draw the windows in random order; in the text's order if None.
+
+    Raises:
+        DataError: the text has fewer tokens than one window.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    available = len(ids) // window
+    if available == 0:
+        raise DataError(f"the text has {len(ids)} tokens, fewer than one window of {window}", remedy="give more text, or a smaller window")
+    every = torch.tensor(ids[: available * window], dtype=torch.int64).reshape(available, window)
+    if seed is not None:
+        every = every[torch.randperm(available, generator=torch.Generator().manual_seed(seed))]
+    return every if count is None else every[:count]

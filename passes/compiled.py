@@ -1,0 +1,158 @@
+"""`Compiled`: a model after its pipeline, callable like the model, saved to and loaded from a folder."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ir.errors import DataError, OptionError
+from ir.signature import Signature
+from passes import registry
+from passes.backend import Executable
+from passes.base import Record
+from passes.recipe import Recipe
+from passes.report import Report
+
+FORMAT = 1
+MANIFEST = "fxpress.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
+
+
+class Compiled:
+    """A compressed model.
+
+    Attributes:
+        executable: the backend's result, with flat inputs and outputs.
+        signature: what the inputs and outputs are called.
+        graph: the quantized graph; None if loaded from a folder.
+        trace: what each pass did.
+    """
+
+    def __init__(
+        self,
+        executable: Executable,
+        signature: Signature,
+        backend: str,
+        graph: GraphModule | None = None,
+        report: Report | None = None,
+        recipe: Recipe | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        self.executable, self.signature, self.backend, self.graph = executable, signature, backend, graph
+        self._report, self._recipe, self._tokenizer = report, recipe, tokenizer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it like the model: the same argument names, the same outputs.
+
+        Raises:
+            DataError: an unknown or missing input, or one of a wrong shape or dtype.
+        """
+        return self.signature.wrap(self.executable(*self.signature.bind(*args, **kwargs)))
+
+    @property
+    def trace(self) -> Sequence[Record]:
+        """What each pass did: `.text`, `.effect`, `.sites`, `.seconds`, `.difference`."""
+        return self.report().trace
+
+    @property
+    def coverage(self) -> float:
+        """Share of the weight bytes that is compressed."""
+        return self.report().coverage.share
+
+    @property
+    def effective_bits(self) -> float:
+        """Bits per compressed weight, scales and zero points counted."""
+        return self.report().coverage.effective_bits
+
+    def report(self) -> Report:
+        """The report of the compile; of a loaded model it is in the folder's `report.json`."""
+        if self._report is None:
+            raise OptionError("a loaded model has no report in memory", remedy="read report.json in its folder")
+        return self._report
+
+    def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a folder that `passes.load` reads: the backend's files, recipe, report, and tokenizer files where known.
+
+        The folder appears complete, or not at all.
+
+        Raises:
+            OptionError: the folder exists and `overwrite` is not set.
+            DataError: it cannot be written.
+        """
+        directory = Path(directory)
+        with _appearing(directory, overwrite) as partial:
+            self.executable.save(partial)
+            manifest = {"format": FORMAT, "backend": self.backend, "signature": self.signature.to_json()}
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            if self._report is not None:
+                self._report.target |= self.executable.report()
+                (partial / "report.json").write_text(json.dumps(self._report.to_json(), indent=1, default=str), encoding="utf-8")
+            if self._recipe is not None:
+                self._recipe.write(partial / "recipe.yaml")
+            _save_tokenizer(self._tokenizer, partial)
+        return directory
+
+
+def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Write a tokenizer's files: a tokenizer object's own, or those in the folder it was given as."""
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(directory)
+    elif tokenizer is not None:
+        for name in TOKENIZER_FILES:
+            if (Path(tokenizer) / name).is_file():
+                shutil.copyfile(Path(tokenizer) / name, directory / name)
+
+
+def check_free(directory: Path, overwrite: bool) -> None:
+    """Refuse a target folder that exists.
+
+    Raises:
+        OptionError: it exists, and may not be overwritten.
+    """
+    if directory.exists() and not overwrite:
+        raise OptionError("the output folder exists", where=str(directory), remedy="choose another, or overwrite=True (--overwrite)")
+
+
+@contextmanager
+def _appearing(directory: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `directory` that takes its name at the end, and is removed if anything goes wrong."""
+    check_free(directory, overwrite)
+    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if directory.exists():
+            old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
+            directory.rename(old)
+            partial.rename(directory)
+            shutil.rmtree(old)
+        else:
+            partial.rename(directory)
+    except OSError as error:
+        raise DataError(f"cannot write: {error.strerror or error}", where=str(directory), remedy="free space, or choose another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load(directory: str | Path) -> Compiled:
+    """The model that `Compiled.save` wrote. Nothing in the folder is executed.
+
+    Raises:
+        DataError: not such a folder, or a damaged one.
+    """
+    directory = Path(directory)
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise DataError(f"the folder has format {manifest['format']}, this version reads {FORMAT}", where=str(directory))
+        backend, signature = str(manifest["backend"]), Signature.from_json(manifest["signature"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"not a folder that fxpress saved: {error}", where=str(directory), remedy=f"it has a {MANIFEST}") from error
+    return Compiled(registry.backend(backend).load(directory), signature, backend)

@@ -1,0 +1,118 @@
+"""`compile`: capture, run the pipeline, lower."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ir.capture import capture
+from ir.errors import OptionError
+from ir.verify import check_weights, verify
+from passes import registry
+from passes.backend import Backend
+from passes.base import Context, Pass
+from passes.calibration import flat_batches
+from passes.compiled import Compiled
+from passes.pipeline import Pipeline, relative_error
+from passes.pipeline import model_outputs as outputs_of
+from passes.progress import Progress
+from passes.recipe import Recipe, calibration_fingerprint, versions, weights_fingerprint
+from passes.report import Report, coverage
+
+PROBE_ROWS, PROBE_LENGTH = 2, 64
+
+
+def compile(  # noqa: A001 (users write passes.compile, as they write torch.compile)
+    model: nn.Module,
+    pipeline: str | Pass | Iterable[Pass] | Recipe = "w4a16",
+    calibration: Iterable[Any] | None = None,
+    backend: str | Backend | None = None,
+    *,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    tokenizer: Any = None,
+    allow_partial: bool = False,
+    progress: Progress | None = None,
+) -> Compiled:
+    """Compress a model.
+
+    Args:
+        model: a `PreTrainedModel`, any module (with example `args`/`kwargs`), or a captured graph. It is left bit-identical.
+        pipeline: a preset's name or pipeline text, passes, or a recipe to replay.
+        calibration: batches: dicts of inputs, token tensors, or a `DataLoader`.
+        backend: "reference" (default), "onnx", another one's entry point, or a backend object with options.
+        args: example positional inputs, for plain modules.
+        kwargs: example keyword inputs.
+        seed: of everything random.
+        tokenizer: a tokenizer, or a folder with its files, to save beside the result; by default the model's own folder.
+        allow_partial: leave layers that the backend does not support as they are, instead of refusing.
+        progress: how to show it.
+
+    Raises:
+        FxpressError: one of its kinds; bad input is refused before any long work.
+    """
+    started = time.perf_counter()
+    target: Backend = registry.backend(backend or "reference") if backend is None or isinstance(backend, str) else backend
+    recipe = pipeline if isinstance(pipeline, Recipe) else None
+    steps = Pipeline.of(recipe.pipeline if recipe else pipeline)  # type: ignore[arg-type]
+    if not steps.passes:
+        raise OptionError("the pipeline is empty", remedy="name a preset, w4a16, or passes")
+    gm = capture(model, args, kwargs)
+    verify(gm, stage="after capture")
+    check_weights(gm)
+    batches = flat_batches(gm, calibration)
+    marks = (weights_fingerprint(gm), calibration_fingerprint(batches))
+    if recipe:
+        recipe.check(*marks)
+        seed = recipe.seed
+    example: list[Tensor] = gm.meta["example"]
+    ctx = Context(batches, _probe(gm, batches) or example, seed, progress or Progress(), backend=target, allow_partial=allow_partial)
+    original = outputs_of(gm, ctx.probe)
+    trace = steps.execute(gm, ctx)
+    ctx.progress.say(f"lowering to {target.name}")
+    executable = target.lower(gm, example, ctx.notes)
+    report = Report(
+        model=type(model).__name__,
+        pipeline=str(steps),
+        backend=target.name,
+        trace=trace,
+        coverage=coverage(gm, ctx.skipped),
+        skipped=ctx.skipped,
+        notes=ctx.notes,
+        difference=relative_error(outputs_of(gm, ctx.probe), original),
+        seconds=time.perf_counter() - started,
+        peak_bytes=_peak_bytes(),
+        target=executable.report(),
+    )
+    made = Recipe(
+        pipeline=str(steps), backend=target.name, seed=seed, versions=versions(), weights=marks[0], calibration=marks[1]
+    )
+    return Compiled(executable, gm.meta["signature"], target.name, gm, report, made, tokenizer or _own_folder(gm))
+
+
+def _probe(gm: GraphModule, batches: Sequence[Sequence[Tensor]]) -> list[Tensor] | None:
+    """A small part of the first calibration batch; None without calibration data."""
+    if not batches:
+        return None
+    first = gm.meta["signature"].inputs[0].name
+    if first != "input_ids":
+        return list(batches[0])
+    return gm.meta["signature"].bind(input_ids=batches[0][0][:PROBE_ROWS, :PROBE_LENGTH])  # type: ignore[no-any-return]
+
+
+def _own_folder(gm: GraphModule) -> Path | None:
+    """The local folder that a Hugging Face model was loaded from."""
+    path = Path(getattr(gm.meta.get("config"), "name_or_path", "") or "/nowhere")
+    return path if path.is_dir() else None
+
+
+def _peak_bytes() -> int:
+    """The process's greatest resident size so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

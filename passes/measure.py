@@ -1,0 +1,59 @@
+"""Measures of a language model on text: perplexity, divergence from the original, greedy text."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Model = Callable[..., Any]  # called as model(input_ids=[B, T]), returns an object with .logits [B, T, V]
+
+
+@torch.no_grad()
+def perplexity(model: Model, ids: Tensor, batch: int = 10) -> float:
+    """exp of the mean next-token cross-entropy (natural logarithm) over all positions of all windows.
+
+    Args:
+        model: anything callable as `model(input_ids=ids)` with `.logits`.
+        ids: int64 `[windows, length]`.
+    """
+    total = 0.0
+    for chunk in ids.split(batch):
+        logits = model(input_ids=chunk).logits.float()
+        total += torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), chunk[:, 1:].flatten(), reduction="sum").item()
+    return math.exp(total / (ids.shape[0] * (ids.shape[1] - 1)))
+
+
+@torch.no_grad()
+def divergence(model: Model, reference: Model, ids: Tensor, batch: int = 10) -> float:
+    """Mean `KL(reference ‖ model)` per token, in nats, over all positions of `ids` `[windows, length]`."""
+    total = 0.0
+    for chunk in ids.split(batch):
+        p = reference(input_ids=chunk).logits.float().log_softmax(-1)
+        q = model(input_ids=chunk).logits.float().log_softmax(-1)
+        total += (p.exp() * (p - q)).sum().item()
+    return total / ids.numel()
+
+
+@torch.no_grad()
+def greedy(model: Model, ids: Tensor, tokens: int, mask: Tensor | None = None, end: int | None = None) -> Iterator[Tensor]:
+    """Greedy decoding with the model's cache: yields the next token of every row, int64 `[batch]`, `tokens` times.
+
+    Args:
+        ids: the prompt, int64 `[batch, length]`; shorter rows are padded on the left.
+        mask: int64 `[batch, length]`, 0 where padded; all ones if None.
+        end: stop early once every row has produced this token.
+    """
+    mask = torch.ones_like(ids) if mask is None else mask
+    past: Any = None
+    done = torch.zeros(ids.shape[0], dtype=torch.bool)
+    for _ in range(tokens):
+        outputs = model(input_ids=ids, attention_mask=mask, past_key_values=past)
+        past = outputs.past_key_values
+        ids = outputs.logits[:, -1:].argmax(-1)
+        mask = torch.cat([mask, torch.ones_like(ids)], -1)
+        yield ids[:, 0]
+        done |= ids[:, 0] == (-1 if end is None else end)
+        if bool(done.all()):
+            return

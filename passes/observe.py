@@ -1,0 +1,59 @@
+"""`observe`: one calibration run that measures what every layer reads."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch.fx import GraphModule, Node
+
+from ir import evaluate
+from ir.errors import DataError
+from ir.sites import readers
+from ir.statistics import Statistics
+from passes.base import Context, Effect, Pass
+
+
+@dataclass(frozen=True)
+class Observe(Pass):
+    """Measure the inputs of all linears in one streaming run over the calibration data: extremes, moments, quantile sketches.
+
+    Args:
+        gram: keep the Gram matrix `XᵀX` of every input too (K² numbers a layer).
+        file: load the statistics from this safetensors file if it exists, else write them there.
+
+    Memory does not grow with the number of samples: one batch's live values, and the statistics, whose size is fixed.
+
+    Raises:
+        DataError: no calibration data, or values that are not finite.
+    """
+
+    gram: bool = False
+    file: str = ""
+    effect: ClassVar[Effect] = Effect.OBSERVE
+
+    def requires(self, gm: GraphModule, ctx: Context) -> None:
+        """Calibration data, or a file of statistics."""
+        if not ctx.calibration and not (self.file and Path(self.file).exists()):
+            raise DataError("observe needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
+
+    def run(self, gm: GraphModule, ctx: Context) -> int:
+        """Fill `ctx.statistics`; keys are the paths of the first layers that read each tensor."""
+        sources = {source: found[0].path for source, found in readers(gm).items()}
+        if self.file and Path(self.file).exists():
+            ctx.statistics = Statistics.load(Path(self.file))
+            missing = sorted(set(sources.values()) - set(ctx.statistics))
+            if missing:
+                raise DataError(f"the statistics have no entry for {missing[0]!r}", where=self.file, remedy="remove the file to measure anew")
+            return len(ctx.statistics)
+        statistics = Statistics()
+
+        def tap(node: Node, value: Any) -> None:
+            if node in sources:
+                statistics.update(sources[node], value.flatten(0, -2), gram=self.gram)
+
+        for batch in ctx.track(ctx.calibration, "observe"):
+            evaluate.run(gm, batch, tap)
+        ctx.statistics = statistics
+        if self.file:
+            statistics.save(Path(self.file))
+        return len(statistics)

@@ -1,0 +1,158 @@
+"""`Pipeline`: a pass made of passes, with a text form both ways; it owns the contract that every pass is run under."""
+
+import ast
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ir import edit, evaluate
+from ir.errors import FxpressError, OptionError, PassError
+from ir.text import graph_text
+from ir.verify import verify
+from passes import registry
+from passes.base import Context, Effect, Pass, Record
+from passes.support import refuse_unsupported
+
+# Greatest relative error of the outputs that rounding may cause in a pass that keeps the function, by dtype of the outputs.
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Pipeline(Pass):
+    """Run passes in order, each under its contract: requires → run → clean → verify → check of its effect → record.
+
+    Text form: the passes' own, separated by commas. `Pipeline.parse` reads it back; it takes names and calls with literal keyword arguments
+    and evaluates nothing.
+    """
+
+    passes: tuple[Pass, ...] = ()
+    effect: ClassVar[Effect] = Effect.CHANGE
+
+    @classmethod
+    def of(cls, pipeline: "str | Pass | Iterable[Pass]") -> "Pipeline":
+        """A pipeline from its text, a pass, or a sequence of passes and pipelines, flattened."""
+        if isinstance(pipeline, str):
+            return cls.parse(pipeline)
+        items = [pipeline] if isinstance(pipeline, Pass) else list(pipeline)
+        flat: list[Pass] = []
+        for item in items:
+            if not isinstance(item, Pass):
+                raise OptionError(f"{item!r} is not a pass", where="pipeline", remedy="give instances, DropDropout(), or pipeline text")
+            flat.extend(item.passes if isinstance(item, Pipeline) else [item])
+        return cls(tuple(flat))
+
+    @classmethod
+    def parse(cls, text: str) -> "Pipeline":
+        """The pipeline that `text` states; the exact inverse of `str`.
+
+        Raises:
+            OptionError: malformed text, an unknown name or option, a value that is not a literal.
+        """
+        try:
+            tree = ast.parse(f"[{text}\n]", mode="eval").body
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise OptionError("malformed pipeline text", where=text[:200], remedy='write for example "untie, fold_norm, quantize"') from error
+        if not isinstance(tree, ast.List):
+            raise OptionError("malformed pipeline text", where=text[:200])
+        return cls.of([_item(item, text) for item in tree.elts])
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.passes))
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter(self.passes)
+
+    def run(self, gm: GraphModule, ctx: Context) -> int:
+        """Run every pass under its contract and return the number of sites changed."""
+        return sum(record.sites for record in self.execute(gm, ctx))
+
+    def execute(self, gm: GraphModule, ctx: Context) -> list[Record]:
+        """Run every pass under its contract.
+
+        Raises:
+            PassError: a pass failed or broke its effect's promise; names it and what ran before, with the cause chained.
+        """
+        records: list[Record] = []
+        before = model_outputs(gm, ctx.probe)
+        for index, step in enumerate(self.passes):
+            ctx.progress.say(f"[{index + 1}/{len(self.passes)}] {step}")
+            try:
+                record, before = _run_one(step, gm, ctx, before)
+            except FxpressError as error:
+                raise _failure(step, records, error) from error
+            except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise _failure(step, records, error) from error
+            records.append(record)
+        return records
+
+
+def _failure(step: Pass, records: list[Record], error: Exception) -> FxpressError:
+    if isinstance(error, OptionError) or (isinstance(error, FxpressError) and type(error) is not PassError and not records):
+        return error
+    ran = ", ".join(record.text for record in records) or "nothing"
+    return PassError(f"pass {step} failed: {type(error).__name__}: {error}", where=f"after {ran}")
+
+
+def _run_one(step: Pass, gm: GraphModule, ctx: Context, before: tuple[Tensor, ...]) -> tuple[Record, tuple[Tensor, ...]]:
+    step.requires(gm, ctx)
+    text = graph_text(gm, annotations=step.effect is Effect.OBSERVE) if step.effect in {Effect.OBSERVE, Effect.ANNOTATE} else ""
+    skipped = len(ctx.skipped)
+    started = time.perf_counter()
+    sites = step.run(gm, ctx)
+    seconds = time.perf_counter() - started
+    if text:
+        if graph_text(gm, annotations=step.effect is Effect.OBSERVE) != text:
+            raise PassError(f"{step.name()} declares the effect {step.effect.value.upper()} but changed the graph")
+        if step.effect is Effect.ANNOTATE:
+            refuse_unsupported(gm, ctx)
+        return Record(str(step), step.effect, sites, seconds, None, tuple(ctx.skipped[skipped:])), before
+    edit.clean(gm)
+    verify(gm, stage=f"after {step}")
+    if sites:
+        ctx.statistics = None
+    after = model_outputs(gm, ctx.probe) if sites else before
+    difference = relative_error(after, before)
+    limit = ROUNDING.get(before[0].dtype, 0.0) if before else 0.0
+    if step.effect is Effect.PRESERVE and not difference <= limit:
+        raise PassError(f"{step.name()} declares the effect PRESERVE but changed the outputs by {difference:.2g} (allowed {limit:g})")
+    if not all(torch.isfinite(output).all() for output in after if output.is_floating_point()):
+        raise PassError(f"the outputs are not finite after {step}", remedy="a wider encoding, or more calibration data")
+    return Record(str(step), step.effect, sites, seconds, difference, tuple(ctx.skipped[skipped:])), after
+
+
+def model_outputs(gm: GraphModule, probe: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The model's own outputs on the probe. What a cache holds is private: a rotation of values may change it."""
+    if not probe:
+        return ()
+    outputs = evaluate.run(gm, probe)
+    signature = gm.meta.get("signature")
+    if signature is None:
+        return outputs
+    return tuple(value for value, port in zip(outputs, signature.outputs, strict=True) if not port.name.startswith("present."))
+
+
+def relative_error(outputs: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> float:
+    """The greatest `‖y − y₀‖ / ‖y₀‖` over floating-point outputs, in float64."""
+    pairs = [(a.double(), b.double()) for a, b in zip(outputs, reference, strict=True) if a.is_floating_point()]
+    return max((float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs), default=0.0)
+
+
+def _item(tree: ast.expr, text: str) -> Pass:
+    """One pass from its syntax: a name, or a call of a name with literal keyword arguments."""
+    call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
+    if not isinstance(call.func, ast.Name):
+        raise OptionError(f"{ast.unparse(tree)[:80]!r} is not a pass", where=text[:200], remedy="write a name, or a call with literal options")
+    if call.args or any(keyword.arg is None for keyword in call.keywords):
+        raise OptionError(f"options of {call.func.id} are given by name", where=text[:200], remedy=f"write {call.func.id}(option=value)")
+    options = {}
+    for keyword in call.keywords:
+        try:
+            options[str(keyword.arg)] = ast.literal_eval(keyword.value)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise OptionError(f"{call.func.id}({keyword.arg}=...) is not a literal", where=text[:200]) from error
+    return registry.build(call.func.id, options, where=text[:200])

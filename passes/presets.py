@@ -1,0 +1,97 @@
+"""Presets: named pipelines with options. A preset is a pipeline like any other and prints as one."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from ir.errors import OptionError
+from passes.annotate import Annotate
+from passes.canonicalize import Canonicalize
+from passes.observe import Observe
+from passes.pipeline import Pipeline
+from passes.quantize import Quantize
+from passes.round_weights import RoundWeights
+from passes.untie import Untie
+
+
+def weight_only(
+    bits: int,
+    *,
+    group: int = 64,
+    symmetric: bool = False,
+    rounding: str = "gptq",
+    ignore: Sequence[str] = (),
+    head: bool = False,
+    embeddings: bool = False,
+) -> Pipeline:
+    """Weights in `bits` bits, activations in floating point.
+
+    Args:
+        group: weights that share a scale; -1 for one scale per output channel.
+        symmetric: without zero points.
+        rounding: "gptq" (needs calibration data) or "nearest".
+        ignore: layers to leave out.
+        head: quantize output heads too.
+        embeddings: quantize embeddings too.
+    """
+    marks = Annotate(f"W{bits}A16", group=group, symmetric=symmetric, ignore=tuple(ignore), head=head, embeddings=embeddings)
+    return Pipeline((Canonicalize(), Untie(), marks, RoundWeights(rounding)))
+
+
+def both(
+    scheme: str,
+    *,
+    dynamic: bool = True,
+    rounding: str = "nearest",
+    quantile: float = 1.0,
+    ignore: Sequence[str] = (),
+    head: bool = False,
+    embeddings: bool = False,
+) -> Pipeline:
+    """Weights per output channel and activations in integers.
+
+    Args:
+        dynamic: activations get a scale per token at run time; else one per tensor, from calibration data.
+        quantile: of |x|, to which static ranges are clipped.
+        rounding: "nearest", or "gptq" (needs calibration data).
+        ignore: layers to leave out.
+        head: quantize output heads too.
+        embeddings: quantize embeddings too.
+    """
+    marks = Annotate(scheme, dynamic=dynamic, ignore=tuple(ignore), head=head, embeddings=embeddings)
+    if dynamic and quantile != 1.0:
+        raise OptionError("quantile clips static ranges", where="quantile", remedy="set dynamic=False too")
+    # Statistics come after the weights are rounded, so that they describe the model that will run.
+    observed = () if dynamic else (Observe(),)
+    return Pipeline((Canonicalize(), Untie(), marks, RoundWeights(rounding), *observed, Quantize(quantile)))
+
+
+w8a16 = partial(weight_only, 8, group=32, symmetric=True, rounding="nearest")
+w4a16 = partial(weight_only, 4)
+w3a16 = partial(weight_only, 3)
+w2a16 = partial(weight_only, 2)
+w8a8 = partial(both, "W8A8")
+w4a8 = partial(both, "W4A8", rounding="gptq")
+w4a4 = partial(both, "W4A4", rounding="gptq")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named pipeline: how it is made from options, and what it is for."""
+
+    make: Callable[..., Pipeline]
+    summary: str
+
+
+PRESETS = {
+    "w8a8": Preset(w8a8, "8-bit weights per channel, 8-bit activations per token, or static with dynamic=False"),
+    "w8a16": Preset(w8a16, "8-bit weights in groups of 32, to nearest: near lossless, needs no calibration data"),
+    "w4a16": Preset(w4a16, "4-bit weights in groups of 64 with zero points, by GPTQ"),
+    "w3a16": Preset(w3a16, "3-bit weights in groups of 64 with zero points, by GPTQ"),
+    "w2a16": Preset(w2a16, "2-bit weights in groups of 64 with zero points, by GPTQ"),
+    "w4a8": Preset(w4a8, "4-bit weights per channel by GPTQ, 8-bit activations per token"),
+    "w4a4": Preset(w4a4, "4-bit weights per channel by GPTQ, 4-bit activations per token"),
+}
+
+# Ready made, to be spread into a pipeline of one's own: `[MyPass(), *presets.W4A16]`.
+W8A8, W8A16, W4A16, W3A16, W2A16, W4A8, W4A4 = (preset.make() for preset in PRESETS.values())

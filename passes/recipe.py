@@ -1,0 +1,88 @@
+"""`Recipe`: what it takes to replay a compile exactly, as YAML beside every result."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import pydantic
+import torch
+import yaml
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ir.errors import DataError, OptionError
+
+PACKAGES = ("fxpress", "torch", "transformers", "onnx", "onnxruntime-gpu", "onnxruntime")
+
+
+class Recipe(pydantic.BaseModel):
+    """The pipeline's text, the backend, the seed, versions, and fingerprints of weights and calibration data."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    pipeline: str
+    backend: str
+    seed: int
+    versions: dict[str, str]
+    weights: str
+    calibration: str
+
+    def write(self, path: Path) -> None:
+        """Write YAML."""
+        path.write_text(yaml.safe_dump(self.model_dump(), sort_keys=False), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> "Recipe":
+        """The recipe in a file.
+
+        Raises:
+            OptionError: not a recipe.
+        """
+        try:
+            return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (OSError, yaml.YAMLError, pydantic.ValidationError, UnicodeDecodeError) as error:
+            raise OptionError(f"not a recipe: {str(error).splitlines()[0]}", where=str(path)) from error
+
+    def check(self, weights: str, calibration: str) -> None:
+        """Refuse to replay on other weights or other calibration data.
+
+        Raises:
+            DataError: a fingerprint differs.
+        """
+        for name, mine, given in (("weights", self.weights, weights), ("calibration data", self.calibration, calibration)):
+            if mine != given:
+                raise DataError(
+                    f"the recipe was made with other {name} ({mine}, given {given})", remedy="use the recipe's pipeline text to compile anew"
+                )
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what a result depends on."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except ModuleNotFoundError:
+            continue
+    return found
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A digest of names, dtypes, shapes and bytes, one tensor at a time; `none` for no tensors."""
+    digest, empty = hashlib.blake2b(digest_size=16), True
+    for name, tensor in tensors:
+        empty = False
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    return "none" if empty else digest.hexdigest()
+
+
+def weights_fingerprint(gm: GraphModule) -> str:
+    """The digest of all parameters and buffers of a graph."""
+    return fingerprint(sorted([*gm.named_parameters(), *gm.named_buffers()], key=lambda pair: pair[0]))
+
+
+def calibration_fingerprint(batches: Sequence[Sequence[Tensor]]) -> str:
+    """The digest of flat calibration inputs."""
+    return fingerprint((f"{i}.{j}", tensor) for i, batch in enumerate(batches) for j, tensor in enumerate(batch))

@@ -1,0 +1,69 @@
+"""Names of passes, presets and backends: the project's own, and third parties' through entry points."""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from difflib import get_close_matches
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+from ir.errors import OptionError
+from passes.base import Pass
+
+if TYPE_CHECKING:
+    from passes.backend import Backend
+    from passes.pipeline import Pipeline
+
+# Where each of the project's own passes is defined, in the order that the documentation lists them.
+MODULES = ("canonicalize", "untie", "fold_norm", "observe", "annotate", "round_weights", "quantize")
+
+
+def passes() -> dict[str, type[Pass]]:
+    """All passes by name: the project's own, then those of the entry-point group `fxpress.passes`."""
+    found: dict[str, type[Pass]] = {}
+    for module in MODULES:
+        for value in vars(importlib.import_module(f"passes.{module}")).values():
+            if isinstance(value, type) and issubclass(value, Pass) and value.__module__ == f"passes.{module}":
+                found[value.name()] = value
+    for point in entry_points(group="fxpress.passes"):
+        found[point.name] = point.load()
+    return found
+
+
+def presets() -> "dict[str, Callable[..., Pipeline]]":
+    """All presets by name: functions of options that return a pipeline."""
+    from passes import presets as module  # noqa: PLC0415 (presets are made of pipelines, which look names up here)
+
+    return {name: preset.make for name, preset in module.PRESETS.items()}
+
+
+def build(name: str, options: dict[str, Any], where: str) -> Pass:
+    """The pass or preset called `name`, with options.
+
+    Raises:
+        OptionError: no such name, or no such option.
+    """
+    known: dict[str, Callable[..., Pass]] = {**passes(), **presets()}
+    if name not in known:
+        close = get_close_matches(name, known, n=1)
+        raise OptionError(
+            f"there is no pass or preset {name!r}", where=where, remedy=f"did you mean {close[0]!r}?" if close else f"there are {sorted(known)}"
+        )
+    try:
+        return known[name](**options)
+    except TypeError as error:
+        options_text = ", ".join(map(str, inspect.signature(known[name]).parameters.values()))
+        raise OptionError(f"{name}: {error}", where=where, remedy=f"its options are {options_text}") from error
+
+
+def backend(name: str) -> "Backend":
+    """The backend registered under `name` in the entry-point group `fxpress.backends`, with its default options.
+
+    Raises:
+        OptionError: no such backend.
+    """
+    points: dict[str, EntryPoint] = {point.name: point for point in entry_points(group="fxpress.backends")}
+    if name not in points:
+        raise OptionError(f"there is no backend {name!r}", remedy=f"there are {sorted(points)}")
+    made: Backend = points[name].load()()
+    return made

@@ -1,0 +1,152 @@
+"""The report: what every pass did, what is covered and what is not and why, sizes, and errors."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from torch.fx import GraphModule
+
+from ir import edit
+from ir.sites import layers, quantized
+from passes.base import Record, Skip
+
+OTHERS = "parameters of operators without a quantized form (norms, biases, tables)"
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Where the weight bytes of the model went.
+
+    Args:
+        total: bytes of all stored tensors before quantization; shared ones count once.
+        compressed: bytes of the tensors that are quantized now, as they were before.
+        stored: bytes that the result needs, with scales and zero points.
+        elements: quantized weights.
+        bits: bits that they take, with scales and zero points.
+        left: for each reason, the bytes that were left as they were.
+    """
+
+    total: int
+    compressed: int
+    stored: int
+    elements: int
+    bits: int
+    left: dict[str, int]
+
+    @property
+    def share(self) -> float:
+        """Share of the weight bytes that is compressed."""
+        return self.compressed / max(self.total, 1)
+
+    @property
+    def effective_bits(self) -> float:
+        """Bits per quantized weight, scales and zero points counted."""
+        return self.bits / max(self.elements, 1)
+
+
+def coverage(gm: GraphModule, skipped: Iterable[Skip]) -> Coverage:
+    """Account for every stored tensor of a graph."""
+    reasons = {skip.path: skip.reason for skip in skipped}
+    compressed = elements = bits = 0
+    parts: set[str] = set()
+    for node, _, codes, used in quantized(gm):
+        compressed += codes.numel() * node.args[4].itemsize  # type: ignore[union-attr]
+        elements += codes.numel()
+        bits += used
+        parts |= {str(operand.target) for operand in node.all_input_nodes}
+    why = {str(layer.weight.target): reasons.get(layer.path, "not annotated") for layer in layers(gm) if layer.weight.op == "get_attr"}
+    left: dict[str, int] = {}
+    seen: set[int] = set()
+    for node in gm.graph.nodes:
+        if node.op != "get_attr" or str(node.target) in parts:
+            continue
+        tensor = edit.attribute(gm, node)
+        if tensor.data_ptr() in seen and tensor.numel():
+            continue
+        seen.add(tensor.data_ptr())
+        reason = why.get(str(node.target), OTHERS)
+        left[reason] = left.get(reason, 0) + tensor.nbytes
+    rest = sum(left.values())
+    return Coverage(compressed + rest, compressed, -(-bits // 8) + rest, elements, bits, left)
+
+
+@dataclass
+class Report:
+    """Everything worth knowing about one compile; `str` and `rich` print it, `to_json` saves it."""
+
+    model: str
+    pipeline: str
+    backend: str
+    trace: Sequence[Record]
+    coverage: Coverage
+    skipped: Sequence[Skip]
+    notes: Sequence[str]
+    difference: float
+    seconds: float
+    peak_bytes: int
+    target: dict[str, Any] = field(default_factory=dict)
+    measures: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `report.json`."""
+        return {
+            "model": self.model,
+            "pipeline": self.pipeline,
+            "backend": self.backend,
+            "seconds": self.seconds,
+            "peak_bytes": self.peak_bytes,
+            "difference": self.difference,
+            "passes": [
+                {"pass": r.text, "effect": r.effect.value, "sites": r.sites, "seconds": r.seconds, "difference": r.difference} for r in self.trace
+            ],
+            "coverage": {
+                "share": self.coverage.share,
+                "effective_bits": self.coverage.effective_bits,
+                "bytes_before": self.coverage.total,
+                "bytes_after": self.coverage.stored,
+                "left": self.coverage.left,
+            },
+            "skipped": [vars(skip) for skip in self.skipped],
+            "notes": list(self.notes),
+            "target": self.target,
+            "measures": self.measures,
+        }
+
+    def tables(self) -> list[RenderableType]:
+        """The page that the command line prints."""
+        passes = Table("pass", "effect", "sites", "seconds", "error", title=f"{self.model} → {self.backend}", title_justify="left")
+        for r in self.trace:
+            passes.add_row(r.text, r.effect.value, str(r.sites), f"{r.seconds:.2f}", "" if r.difference is None else f"{r.difference:.2g}")
+        sizes = Table("weights", "MB", "share", title_justify="left")
+        c = self.coverage
+        sizes.add_row("before", f"{c.total / 1e6:.2f}", "100 %")
+        sizes.add_row("after", f"{c.stored / 1e6:.2f}", f"{c.stored / max(c.total, 1):.1%}")
+        sizes.add_row(f"compressed, {c.effective_bits:.3f} effective bits", f"{c.compressed / 1e6:.2f}", f"{c.share:.1%}")
+        for reason, size in sorted(c.left.items(), key=lambda item: -item[1]):
+            sizes.add_row(f"left: {reason}", f"{size / 1e6:.2f}", f"{size / max(c.total, 1):.1%}")
+        shown: list[RenderableType] = [passes, sizes]
+        if self.measures:
+            columns = sorted({key for values in self.measures.values() for key in values})
+            measures = Table("text", *columns, title_justify="left")
+            for name, values in self.measures.items():
+                measures.add_row(name, *(f"{values[key]:.4g}" if key in values else "" for key in columns))
+            shown.append(measures)
+        return [*shown, *(f"note: {note}" for note in self.notes)]
+
+    def __str__(self) -> str:
+        console = Console(width=140, record=True, file=_Nowhere())
+        for part in self.tables():
+            console.print(part)
+        return console.export_text()
+
+
+class _Nowhere:
+    """A file that forgets."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        pass

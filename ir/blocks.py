@@ -1,8 +1,10 @@
 """Cut a graph where little crosses: at the residual stream, found by liveness and not by name.
 
-The *stream* is everything that depends on a layer (a linear or an embedding). What does not, masks and rotary tables, follows from the inputs
-and is recomputed for every block instead of being kept. A position is a cut if as few stream values are alive there as anywhere between the
-first and the last layer: in a transformer that is one tensor, the residual stream, and the blocks are its attentions and its MLPs.
+The *stream* is everything that depends on a layer (a linear or an embedding). What does not, masks and rotary tables, follows from the
+inputs and is recomputed for every block instead of being kept.
+
+A position is a cut if as few stream values are alive there as anywhere between the first and the last layer: in a transformer that is one
+tensor, the residual stream, and the blocks are its attentions and its MLPs.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """`capture`: from a model to a flat `torch.fx` graph with dynamic batch and length.
 
-Hugging Face models go through `transformers.exporters`, which keeps caches, masks and dynamic shapes right. A causal language model is traced
-with a cache that already holds tokens and with several new ones: the graph then also runs with an empty cache, so one graph serves prefill and
-decode.
+Hugging Face models go through `transformers.exporters`, which keeps caches, masks and dynamic shapes right. A causal language model is
+traced with a cache that already holds tokens and with several new ones: the graph then also runs with an empty cache, so one graph serves
+prefill and decode.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def capture(model: nn.Module, args: Sequence[Any] | None = None, kwargs: Mapping
     """The flat graph of `model`, which is left as it was; both share their parameters.
 
     Args:
-        model: a `PreTrainedModel` (inputs are made up when none are given), any module with `args`/`kwargs`, or a graph that `capture` made.
+        model: a `PreTrainedModel` (inputs are made up when none are given), any module with `args`/`kwargs`, or a graph made by `capture`.
         args: example positional inputs, tensors of at least 2 along each axis that varies.
         kwargs: example keyword inputs.
 
@@ -54,7 +54,8 @@ def capture(model: nn.Module, args: Sequence[Any] | None = None, kwargs: Mapping
             return _capture_pretrained(model, inputs)
         if not given:
             raise DataError(
-                f"{type(model).__name__} needs example inputs to be captured", remedy="pass args=(...) or kwargs={...} with sizes of at least 2"
+                f"{type(model).__name__} needs example inputs to be captured",
+                remedy="pass args=(...) or kwargs={...} with sizes of at least 2",
             )
         return _capture_module(model, tuple(args or ()), dict(kwargs or {}))
 
@@ -114,7 +115,8 @@ def _made_up(model: transformers.PreTrainedModel) -> Inputs:
         past = model(input_ids=tokens(PAST), use_cache=True).past_key_values
         if not isinstance(past, transformers.DynamicCache):
             raise CaptureError(
-                f"{type(model).__name__} keeps a {type(past).__name__}, not keys and values that grow", remedy="pass kwargs of example inputs"
+                f"{type(model).__name__} keeps a {type(past).__name__}, not keys and values that grow",
+                remedy="pass kwargs of example inputs",
             )
         # Layers with a sliding window keep every token too: the mask applies the window.
         past = transformers.DynamicCache([(layer.keys, layer.values) for layer in past.layers])
@@ -123,7 +125,9 @@ def _made_up(model: transformers.PreTrainedModel) -> Inputs:
     optional = {
         "attention_mask": torch.ones(BATCH, before + LENGTH, dtype=torch.int64, device=device),
         "position_ids": positions if past is not None else None,
-        "token_type_ids": torch.zeros(BATCH, LENGTH, dtype=torch.int64, device=device) if getattr(model.config, "type_vocab_size", 0) else None,
+        "token_type_ids": torch.zeros(BATCH, LENGTH, dtype=torch.int64, device=device)
+        if getattr(model.config, "type_vocab_size", 0)
+        else None,
         CACHE: past,
     }
     return {"input_ids": tokens(LENGTH), **{name: v for name, v in optional.items() if name in accepted and v is not None}}
@@ -133,7 +137,7 @@ def _dynamic(name: str, v: Any) -> Any:
     """Which axes vary: batch and length of everything, batch and past of a cache."""
     if isinstance(v, Tensor):
         axes = (0, 1) if v.ndim == 2 and not v.is_floating_point() else range(v.ndim)
-        return {axis: Dim.AUTO for axis in axes}
+        return dict.fromkeys(axes, Dim.AUTO)
     leaves = pytree.tree_leaves(v)
     return [{0: Dim.AUTO, 2: Dim.AUTO} for _ in leaves]
 
@@ -173,10 +177,10 @@ def _capture_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         raise DataError("example inputs of a plain module are tensors", remedy="bind other arguments in a small wrapper module")
     if any(not isinstance(leaf, Tensor) for leaf in [*args, *kwargs.values()]):
         raise DataError("a plain module takes tensors, not containers of tensors", remedy="unpack them in a small wrapper module")
-    named = {name: Dim.AUTO for name in kwargs}
+    named = dict.fromkeys(kwargs, Dim.AUTO)
     shapes: Any = (
-        tuple({axis: Dim.AUTO for axis in range(a.ndim)} for a in args),
-        {name: {axis: Dim.AUTO for axis in range(kwargs[name].ndim)} for name in named},
+        tuple(dict.fromkeys(range(a.ndim), Dim.AUTO) for a in args),
+        {name: dict.fromkeys(range(kwargs[name].ndim), Dim.AUTO) for name in named},
     )
     flattened = shapes[0] if not kwargs else shapes[1] if not args else None
     if flattened is None:
@@ -202,7 +206,12 @@ def _traced(model: nn.Module, trace: Callable[[], ExportedProgram]) -> ExportedP
 
 
 def _flat(
-    program: ExportedProgram, inputs: list[str], outputs: list[str], example: list[Tensor], output_class: str = "", positional: tuple[str, ...] = ()
+    program: ExportedProgram,
+    inputs: list[str],
+    outputs: list[str],
+    example: list[Tensor],
+    output_class: str = "",
+    positional: tuple[str, ...] = (),
 ) -> GraphModule:
     """The program's module with flat inputs and outputs, and their names."""
     gm = program.module(check_guards=False)

@@ -24,7 +24,13 @@ def module_path(node: Node) -> str:
 
 
 def emit(
-    gm: GraphModule, target: Target, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, before: Node, like: Node | None = None
+    gm: GraphModule,
+    target: Target,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    before: Node,
+    like: Node | None = None,
 ) -> Node:
     """Insert `target(*args, **kwargs)` before a node, infer its value, and record where it came from.
 
@@ -158,7 +164,9 @@ def settle_sizes(gm: GraphModule) -> int:
         fake = node.meta.get("val")
         if isinstance(fake, torch.SymInt) and _settled(fake) is not fake:
             for user in list(node.users):
-                user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda read, node=node, fake=fake: _settled(fake) if read is node else read)
+                user.args, user.kwargs = map_arg(
+                    (user.args, user.kwargs), lambda read, node=node, fake=fake: _settled(fake) if read is node else read
+                )
             count += 1
         elif isinstance(fake, torch.Tensor) and any(_settled(size) is not size for size in fake.shape):
             with mode if mode is not None else _nothing():

@@ -41,10 +41,10 @@ _TEXT = re.compile(r"(?:([iu])([1-8])|f8e([45])m([32]))\[(-?\d+(?:,-?\d+)*)\](dy
 class Encoding:
     """A number format and the block of elements that shares one scale.
 
-    Text form: `i4[1,128]`. The letter is `i` (symmetric: no zero point), `u` (asymmetric: unsigned with a zero point) or `f8e4m3`/`f8e5m2`.
-    The block is aligned to the trailing axes; -1 is the whole axis; the first entry extends to all axes further left. So `[-1]` is one scale
-    per tensor, `[1,-1]` one per output channel of a weight and one per token of an activation, `[1,128]` groups of 128 along the last axis.
-    The suffix `dynamic` means that scales are computed from the tensor at run time.
+    Text form: `i4[1,128]`. The letter is `i` (symmetric: no zero point), `u` (asymmetric: unsigned with a zero point) or
+    `f8e4m3`/`f8e5m2`. The block is aligned to the trailing axes; -1 is the whole axis; the first entry extends to all axes further
+    left. So `[-1]` is one scale per tensor, `[1,-1]` one per output channel of a weight and one per token of an activation, `[1,128]`
+    groups of 128 along the last axis. The suffix `dynamic` means that scales are computed from the tensor at run time.
 
     Raises:
         OptionError: a block size that is neither positive nor -1, or an asymmetric float.

@@ -37,7 +37,9 @@ def ancestors(nodes: Iterable[Node], stop: Container[Node] = ()) -> set[Node]:
 
 
 @torch.no_grad()
-def evaluate(gm: GraphModule, nodes: Sequence[Node], given: Mapping[Node, Any], keep: Sequence[Node], tap: Tap | None = None) -> Environment:
+def evaluate(
+    gm: GraphModule, nodes: Sequence[Node], given: Mapping[Node, Any], keep: Sequence[Node], tap: Tap | None = None
+) -> Environment:
     """Evaluate `nodes`, in order, from the values `given`, and return the values of `keep`.
 
     Args:
@@ -70,6 +72,6 @@ def run(gm: GraphModule, inputs: Sequence[Tensor], tap: Tap | None = None) -> tu
     nodes = list(gm.graph.nodes)
     outputs = nodes[-1].args[0]
     assert isinstance(outputs, tuple)
-    wanted: list[Node] = list(outputs)  # type: ignore[arg-type]
+    wanted: list[Node] = list(outputs)
     values = evaluate(gm, nodes[:-1], bind(gm, inputs), wanted, tap)
     return tuple(values[node] for node in wanted)

@@ -27,7 +27,7 @@ TRANSPOSED = OneOf(
     Op(aten.numpy_T.default, W),
     Op(aten.mT.default, W),
 )
-BIASED = Op(aten.add.Tensor, Var("product"), B, commutes=True)
+BIASED = Op(aten.add.Tensor, Op(aten.linear.default, X, W), B, commutes=True)
 
 
 def raise_linear(gm: GraphModule) -> int:
@@ -89,13 +89,14 @@ def fold_bias(gm: GraphModule) -> int:
     After:  `linear(%x, %w, %b)`
     """
     count = 0
-    for node in find(gm, aten.add.Tensor):
-        found = match(BIASED, node)
-        if found is None or not is_call(found["product"], aten.linear.default):
+    for product in find(gm, aten.linear.default):
+        if len(product.users) != 1:
             continue
-        product, bias = found["product"], found["bias"]
-        free = len(product.args) == 2 and len(product.users) == 1 and isinstance(bias, Node) and bias.op == "get_attr"
-        if free and _is_bias(bias, value(product).shape[-1]) and value(bias).dtype == value(product).dtype:
-            replace(node, emit(gm, aten.linear.default, (*product.args, bias), before=node, like=product))
+        (total,) = product.users
+        found = match(BIASED, total)
+        if found is None or not isinstance(found["bias"], Node) or not _is_bias(found["bias"], value(product).shape[-1]):
+            continue
+        if value(found["bias"]).dtype == value(product).dtype:
+            replace(total, emit(gm, aten.linear.default, (found["x"], found["weight"], found["bias"]), before=total, like=product))
             count += 1
     return count

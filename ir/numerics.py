@@ -145,7 +145,8 @@ def pack(codes: Tensor, encoding: Encoding) -> Tensor:
     unsigned = (codes.to(torch.int16) + 1) // 2 if bits == 1 else codes.to(torch.int16) - least
     planes = (unsigned.unsqueeze(-1) >> torch.arange(bits, dtype=torch.int16)) & 1
     stream = planes.flatten(-2).to(torch.uint8)
-    stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8))
+    stream = stream.reshape(*stream.shape[:-1], -1, 8)
     return (stream << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
 
 
@@ -153,7 +154,7 @@ def unpack(packed: Tensor, encoding: Encoding, size: int) -> Tensor:
     """The exact inverse of `pack`; `size` is the number of codes along the last axis."""
     bits, (least, _) = encoding.bits, code_range(encoding)
     stream = ((packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(-2)[..., : size * bits]
-    planes = stream.unflatten(-1, (size, bits)).to(torch.int16)
+    planes = stream.reshape(*stream.shape[:-1], size, bits).to(torch.int16)
     unsigned = (planes << torch.arange(bits, dtype=torch.int16)).sum(-1, dtype=torch.int16)
     codes = unsigned * 2 - 1 if bits == 1 else unsigned + least
     return codes.to(storage_dtype(encoding))

@@ -1,4 +1,4 @@
-"""Graphs as plain data, and back: JSON for the nodes, safetensors for the tensors. Loading resolves names in closed lists and runs nothing."""
+"""Graphs as plain data, and back: JSON for nodes, safetensors for tensors. Loading resolves names in closed lists and runs nothing."""
 
 import json
 import math

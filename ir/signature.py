@@ -1,7 +1,8 @@
 """`Signature`: what a flat graph's inputs and outputs are called, and how a caller's arguments map onto them.
 
-A graph in normal form takes and returns flat tensors. Their names are dotted paths, `past_key_values.3.value`, that state the structure; they
-are the same in every backend and in every saved file. Values that a caller leaves out (attention mask, positions, an empty cache) are made up.
+A graph in normal form takes and returns flat tensors. Their names are dotted paths, `past_key_values.3.value`, that state the structure;
+they are the same in every backend and in every saved file. Values that a caller leaves out (attention mask, positions, an empty cache) are
+made up.
 """
 
 from collections.abc import Mapping, Sequence
@@ -104,9 +105,7 @@ class Signature:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Signature":
         """The signature that `to_json` wrote."""
-        ports = {
-            key: tuple(Port(str(p["name"]), str(p["dtype"]), tuple(p["shape"])) for p in data[key]) for key in ("inputs", "outputs")
-        }
+        ports = {key: tuple(Port(str(p["name"]), str(p["dtype"]), tuple(p["shape"])) for p in data[key]) for key in ("inputs", "outputs")}
         return cls(**ports, output_class=str(data["output_class"]), positional=tuple(map(str, data["positional"])))
 
 
@@ -150,7 +149,9 @@ def _defaults(signature: Signature, flat: Mapping[str, Tensor]) -> dict[str, Ten
 def _checked(port: Port, value: Tensor) -> Tensor:
     """`value` if it fits the port; integers of another width are converted."""
     wanted = port.torch_dtype
-    if value.ndim != len(port.shape) or any(size is not None and size != given for size, given in zip(port.shape, value.shape, strict=True)):
+    if value.ndim != len(port.shape) or any(
+        size is not None and size != given for size, given in zip(port.shape, value.shape, strict=True)
+    ):
         expected = ["any" if size is None else size for size in port.shape]
         raise DataError(f"input {port.name!r} has shape {list(value.shape)}, expected {expected}")
     if value.dtype != wanted:

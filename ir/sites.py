@@ -117,7 +117,9 @@ def heads(gm: GraphModule) -> set[Node]:
     for node in reversed(gm.graph.nodes):
         if any(user.target in QUANTIZABLE or user in feeding for user in node.users):
             feeding.add(node)
-    return {layer.node for layer in found if layer.kind == "Linear" and edit.value(layer.weight).shape[0] in rows and layer.node not in feeding}
+    return {
+        layer.node for layer in found if layer.kind == "Linear" and edit.value(layer.weight).shape[0] in rows and layer.node not in feeding
+    }
 
 
 def downstream(node: Node) -> set[Node]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ir import edit
@@ -14,7 +15,7 @@ def graph_text(gm: GraphModule, annotations: bool = True) -> str:
     Two graphs with the same text have the same operators, operands, tensor names and shapes. Symbolic sizes print as `?`.
     """
     names: dict[Node, str] = {}
-    lines = []
+    lines: list[str] = []
     for node in gm.graph.nodes:
         names[node] = f"%{node.target}" if node.op in {"placeholder", "get_attr"} else f"%{len(lines)}"
         if node.op == "get_attr":
@@ -52,8 +53,8 @@ def _target(node: Node) -> str:
 
 
 def _type(node: Node) -> str:
-    fake = node.meta.get("val")
-    if hasattr(fake, "shape"):
+    fake: Any = node.meta.get("val")
+    if isinstance(fake, Tensor):
         sizes = ", ".join(str(size) if isinstance(size, int) else "?" for size in fake.shape)
         return f"{str(fake.dtype).removeprefix('torch.')}[{sizes}]"
     return "tuple" if isinstance(fake, tuple | list) else type(fake).__name__

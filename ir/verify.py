@@ -159,15 +159,13 @@ def _qparams(node: Node, given: dict[str, Any], encoding: Encoding) -> Iterator[
 def _annotations(gm: GraphModule) -> Faults:
     for node in gm.graph.nodes:
         marks = (node.meta.get("custom") or {}).get(KEY) or {}
-        for name, text in marks.items() if isinstance(marks, dict) else ():
+        for name, text in marks.items():
             if not is_tensor(operands(node).get(name)):
                 yield Fault(node, f"an encoding is annotated for {name!r}, which is not a tensor operand")
             try:
                 Encoding.parse(text)
             except (OptionError, TypeError) as error:
                 yield Fault(node, f"annotated for {name!r}: {error}")
-        if not isinstance(marks, dict):
-            yield Fault(node, f"the annotation is {marks!r}, not a dict from operand to encoding")
 
 
 def _outputs(gm: GraphModule) -> Faults:
@@ -185,10 +183,10 @@ def _outputs(gm: GraphModule) -> Faults:
 
 RULES = (
     Rule("nodes", _nodes, "a graph has placeholders, get_attr nodes, function calls and one output"),
-    Rule("order", _order, "a node is defined before it is read"),
     Rule("targets", _targets, "calls are of operator overloads that change no operand, or arithmetic on sizes"),
     Rule("schema", _schema, "operands fit the operator's schema"),
     Rule("attributes", _attributes, "a get_attr node reads a tensor of the recorded shape and dtype"),
+    Rule("order", _order, "a node is defined before it is read"),
     Rule("values", _values, "every node records its value"),
     Rule("readers", _readers, "every value is read"),
     Rule("dtypes", _dtypes, "the operands of a product have one dtype"),

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from passes import presets
     from passes.base import Context, Effect, Pass
     from passes.compiled import Compiled, load
-    from passes.driver import compile  # noqa: A004 (users write passes.compile)
+    from passes.driver import compile
     from passes.pipeline import Pipeline
     from passes.recipe import Recipe
 
@@ -32,7 +32,22 @@ _WHERE = {
     "replace": "ir.edit",
 }
 
-__all__ = ["Compiled", "Context", "Effect", "Encoding", "FxpressError", "Pass", "Pipeline", "Recipe", "compile", "emit", "find", "load", "presets", "replace"]
+__all__ = [
+    "Compiled",
+    "Context",
+    "Effect",
+    "Encoding",
+    "FxpressError",
+    "Pass",
+    "Pipeline",
+    "Recipe",
+    "compile",
+    "emit",
+    "find",
+    "load",
+    "presets",
+    "replace",
+]
 
 
 def __getattr__(name: str) -> Any:

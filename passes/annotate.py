@@ -57,7 +57,9 @@ class Annotate(Pass):
         if self.scheme not in SCHEMES:
             raise OptionError(f"there is no scheme {self.scheme!r}", where="annotate", remedy=f"there are {sorted(SCHEMES)}")
         if self.group != -1 and self.group < 1:
-            raise OptionError(f"a group has at least one weight, or -1 for the whole channel, not {self.group}", where="annotate(group=...)")
+            raise OptionError(
+                f"a group has at least one weight, or -1 for the whole channel, not {self.group}", where="annotate(group=...)"
+            )
         for name in ("targets", "ignore"):
             value = getattr(self, name)
             if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):

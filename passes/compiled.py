@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from torch.fx import GraphModule
 
 from ir.errors import DataError, OptionError
@@ -136,7 +135,9 @@ def _appearing(directory: Path, overwrite: bool) -> Iterator[Path]:
         else:
             partial.rename(directory)
     except OSError as error:
-        raise DataError(f"cannot write: {error.strerror or error}", where=str(directory), remedy="free space, or choose another folder") from error
+        raise DataError(
+            f"cannot write: {error.strerror or error}", where=str(directory), remedy="free space, or choose another folder"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -27,7 +27,7 @@ from passes.report import Report, coverage
 PROBE_ROWS, PROBE_LENGTH = 2, 64
 
 
-def compile(  # noqa: A001 (users write passes.compile, as they write torch.compile)
+def compile(
     model: nn.Module,
     pipeline: str | Pass | Iterable[Pass] | Recipe = "w4a16",
     calibration: Iterable[Any] | None = None,
@@ -90,9 +90,7 @@ def compile(  # noqa: A001 (users write passes.compile, as they write torch.comp
         peak_bytes=_peak_bytes(),
         target=executable.report(),
     )
-    made = Recipe(
-        pipeline=str(steps), backend=target.name, seed=seed, versions=versions(), weights=marks[0], calibration=marks[1]
-    )
+    made = Recipe(pipeline=str(steps), backend=target.name, seed=seed, versions=versions(), weights=marks[0], calibration=marks[1])
     return Compiled(executable, gm.meta["signature"], target.name, gm, report, made, tokenizer or _own_folder(gm))
 
 

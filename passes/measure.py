@@ -19,7 +19,7 @@ def perplexity(model: Model, ids: Tensor, batch: int = 10) -> float:
         ids: int64 `[windows, length]`.
     """
     total = 0.0
-    for chunk in ids.split(batch):
+    for chunk in torch.split(ids, batch):
         logits = model(input_ids=chunk).logits.float()
         total += torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), chunk[:, 1:].flatten(), reduction="sum").item()
     return math.exp(total / (ids.shape[0] * (ids.shape[1] - 1)))
@@ -29,10 +29,19 @@ def perplexity(model: Model, ids: Tensor, batch: int = 10) -> float:
 def divergence(model: Model, reference: Model, ids: Tensor, batch: int = 10) -> float:
     """Mean `KL(reference ‖ model)` per token, in nats, over all positions of `ids` `[windows, length]`."""
     total = 0.0
-    for chunk in ids.split(batch):
+    for chunk in torch.split(ids, batch):
         p = reference(input_ids=chunk).logits.float().log_softmax(-1)
         q = model(input_ids=chunk).logits.float().log_softmax(-1)
         total += (p.exp() * (p - q)).sum().item()
+    return total / ids.numel()
+
+
+@torch.no_grad()
+def agreement(model: Model, reference: Model, ids: Tensor, batch: int = 10) -> float:
+    """Share of the positions of `ids` `[windows, length]` at which both find the same token most likely."""
+    total = 0
+    for chunk in torch.split(ids, batch):
+        total += int((model(input_ids=chunk).logits.argmax(-1) == reference(input_ids=chunk).logits.argmax(-1)).sum())
     return total / ids.numel()
 
 

@@ -43,13 +43,15 @@ class Observe(Pass):
             ctx.statistics = Statistics.load(Path(self.file))
             missing = sorted(set(sources.values()) - set(ctx.statistics))
             if missing:
-                raise DataError(f"the statistics have no entry for {missing[0]!r}", where=self.file, remedy="remove the file to measure anew")
+                raise DataError(
+                    f"the statistics have no entry for {missing[0]!r}", where=self.file, remedy="remove the file to measure anew"
+                )
             return len(ctx.statistics)
         statistics = Statistics()
 
         def tap(node: Node, value: Any) -> None:
             if node in sources:
-                statistics.update(sources[node], value.flatten(0, -2), gram=self.gram)
+                statistics.observe(sources[node], value, gram=self.gram)
 
         for batch in ctx.track(ctx.calibration, "observe"):
             evaluate.run(gm, batch, tap)

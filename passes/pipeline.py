@@ -56,7 +56,9 @@ class Pipeline(Pass):
         try:
             tree = ast.parse(f"[{text}\n]", mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise OptionError("malformed pipeline text", where=text[:200], remedy='write for example "untie, fold_norm, quantize"') from error
+            raise OptionError(
+                "malformed pipeline text", where=text[:200], remedy='write for example "untie, fold_norm, quantize"'
+            ) from error
         if not isinstance(tree, ast.List):
             raise OptionError("malformed pipeline text", where=text[:200])
         return cls.of([_item(item, text) for item in tree.elts])
@@ -146,7 +148,9 @@ def _item(tree: ast.expr, text: str) -> Pass:
     """One pass from its syntax: a name, or a call of a name with literal keyword arguments."""
     call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
     if not isinstance(call.func, ast.Name):
-        raise OptionError(f"{ast.unparse(tree)[:80]!r} is not a pass", where=text[:200], remedy="write a name, or a call with literal options")
+        raise OptionError(
+            f"{ast.unparse(tree)[:80]!r} is not a pass", where=text[:200], remedy="write a name, or a call with literal options"
+        )
     if call.args or any(keyword.arg is None for keyword in call.keywords):
         raise OptionError(f"options of {call.func.id} are given by name", where=text[:200], remedy=f"write {call.func.id}(option=value)")
     options = {}

@@ -53,7 +53,8 @@ class Recipe(pydantic.BaseModel):
         for name, mine, given in (("weights", self.weights, weights), ("calibration data", self.calibration, calibration)):
             if mine != given:
                 raise DataError(
-                    f"the recipe was made with other {name} ({mine}, given {given})", remedy="use the recipe's pipeline text to compile anew"
+                    f"the recipe was made with other {name} ({mine}, given {given})",
+                    remedy="use the recipe's pipeline text to compile anew",
                 )
 
 
@@ -74,7 +75,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in tensors:
         empty = False
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return "none" if empty else digest.hexdigest()
 
 

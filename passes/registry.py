@@ -47,7 +47,9 @@ def build(name: str, options: dict[str, Any], where: str) -> Pass:
     if name not in known:
         close = get_close_matches(name, known, n=1)
         raise OptionError(
-            f"there is no pass or preset {name!r}", where=where, remedy=f"did you mean {close[0]!r}?" if close else f"there are {sorted(known)}"
+            f"there is no pass or preset {name!r}",
+            where=where,
+            remedy=f"did you mean {close[0]!r}?" if close else f"there are {sorted(known)}",
         )
     try:
         return known[name](**options)

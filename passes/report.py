@@ -1,5 +1,6 @@
 """The report: what every pass did, what is covered and what is not and why, sizes, and errors."""
 
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,7 +100,8 @@ class Report:
             "peak_bytes": self.peak_bytes,
             "difference": self.difference,
             "passes": [
-                {"pass": r.text, "effect": r.effect.value, "sites": r.sites, "seconds": r.seconds, "difference": r.difference} for r in self.trace
+                {"pass": r.text, "effect": r.effect.value, "sites": r.sites, "seconds": r.seconds, "difference": r.difference}
+                for r in self.trace
             ],
             "coverage": {
                 "share": self.coverage.share,
@@ -128,7 +130,7 @@ class Report:
             sizes.add_row(f"left: {reason}", f"{size / 1e6:.2f}", f"{size / max(c.total, 1):.1%}")
         shown: list[RenderableType] = [passes, sizes]
         if self.measures:
-            columns = sorted({key for values in self.measures.values() for key in values})
+            columns = list(dict.fromkeys(key for values in self.measures.values() for key in values))
             measures = Table("text", *columns, title_justify="left")
             for name, values in self.measures.items():
                 measures.add_row(name, *(f"{values[key]:.4g}" if key in values else "" for key in columns))
@@ -136,17 +138,8 @@ class Report:
         return [*shown, *(f"note: {note}" for note in self.notes)]
 
     def __str__(self) -> str:
-        console = Console(width=140, record=True, file=_Nowhere())
+        page = io.StringIO()
+        console = Console(width=140, file=page, markup=False)
         for part in self.tables():
             console.print(part)
-        return console.export_text()
-
-
-class _Nowhere:
-    """A file that forgets."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass
+        return page.getvalue()

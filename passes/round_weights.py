@@ -32,9 +32,9 @@ class RoundWeights(Pass):
 
         %2 = fxpress.dequantize(%w_codes, %w_scale, %w_zero_point, 'u4[1,64]', float32); %3 = aten.linear(%1, %2)
 
-    `method="gptq"` (methods: arXiv 2210.17323) minimises `tr(ΔW G ΔWᵀ)` with `G = XᵀX` over calibration inputs X that come from the already
-    rounded prefix. The graph is cut at the residual stream, and inside a block layers are rounded in the order they run, so memory holds the
-    stream of all samples and one block's activations of one batch.
+    `method="gptq"` (arXiv 2210.17323) minimises `tr(ΔW G ΔWᵀ)` with `G = XᵀX` over calibration inputs X that come from the
+    already rounded prefix. The graph is cut at the residual stream, and inside a block layers are rounded in the order they run, so
+    memory holds the stream of all samples and one block's activations of one batch.
 
     Args:
         method: "gptq" or "nearest".
@@ -52,7 +52,9 @@ class RoundWeights(Pass):
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise OptionError(f"there is no rounding {self.method!r}", where="round_weights(method=...)", remedy=f"there are {list(METHODS)}")
+            raise OptionError(
+                f"there is no rounding {self.method!r}", where="round_weights(method=...)", remedy=f"there are {list(METHODS)}"
+            )
         if not 0 <= self.damping < 1:
             raise OptionError(f"damping is a share from 0 up to 1, not {self.damping}", where="round_weights(damping=...)")
 
@@ -64,7 +66,9 @@ class RoundWeights(Pass):
             raise DataError("round_weights(method='gptq') needs calibration data", remedy="pass calibration=[...], or method='nearest'")
         tokens = sum(int(batch[0].shape[:2].numel()) for batch in ctx.calibration)
         if tokens < MIN_TOKENS:
-            raise DataError(f"{tokens} calibration tokens are too few", remedy=f"give at least {MIN_TOKENS}, better 32 768; or method='nearest'")
+            raise DataError(
+                f"{tokens} calibration tokens are too few", remedy=f"give at least {MIN_TOKENS}, better 32 768; or method='nearest'"
+            )
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Round every annotated weight, one at a time."""
@@ -102,7 +106,9 @@ class _Sequential:
                 assert isinstance(source, Node)
                 self._round_readers(outside, block, source, streams)
             if block is not cut[-1]:
-                streams = [self._advance(outside, block, batch, stream) for batch, stream in zip(self.ctx.calibration, streams, strict=True)]
+                streams = [
+                    self._advance(outside, block, batch, stream) for batch, stream in zip(self.ctx.calibration, streams, strict=True)
+                ]
 
     def _round_readers(self, outside: list[Node], block: Block, source: Node, streams: Sequence[dict[Node, Any]]) -> None:
         """Round every layer of the block that reads `source`, from one Gram matrix."""

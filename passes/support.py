@@ -12,8 +12,8 @@ def refuse_unsupported(gm: GraphModule, ctx: Context) -> None:
     """Check every annotated layer with the backend.
 
     Raises:
-        CoverageError: layers that the backend cannot run as annotated. With `ctx.allow_partial` they lose their annotations instead, and the
-            report says so.
+        CoverageError: layers that the backend cannot run as annotated. With `ctx.allow_partial` they lose their annotations instead, and
+            the report says so.
     """
     if ctx.backend is None:
         return

@@ -37,8 +37,7 @@ class Untie(Pass):
                 owners.add(id(tensor))
                 continue
             # A parameter object of its own over the same storage: nothing is copied.
-            twin = type(tensor)(tensor.detach(), requires_grad=False) if hasattr(tensor, "requires_grad_") else tensor
-            new = edit.add_attribute(gm, f"{layer.path.partition('#')[0]}.weight", twin, before=layer.node)
+            new = edit.add_attribute(gm, f"{layer.path.partition('#')[0]}.weight", tensor.detach(), before=layer.node)
             layer.site("weight").read(new)
             owners.add(id(edit.attribute(gm, new)))
             changed += 1

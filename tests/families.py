@@ -106,8 +106,12 @@ class Family:
         return logits
 
 
-@cache
 def load(name: str, dtype: torch.dtype = torch.float32) -> Family:
     """The family of that name, built and captured once per session."""
+    return _load(name, dtype)
+
+
+@cache
+def _load(name: str, dtype: torch.dtype) -> Family:
     model = build(name, dtype)
     return Family(name, model, capture(model))

@@ -12,6 +12,7 @@ from ir.signature import CACHE, Port, Signature
 IR_VERSION = 10
 OPSET_2_BIT, IR_VERSION_2_BIT = 25, 13
 _PARTS = (("codes", ""), ("scale", ".scale"), ("zero_point", ".zero_point"), ("step", ".input_scale"), ("offset", ".input_zero_point"))
+SCALAR = 1  # elements: sites that share larger constants are not fused
 ROUNDS = 2  # of folding and rewriting, as the exporter's own optimizer does
 
 _AXES = (
@@ -51,6 +52,7 @@ def optimize(model: onir.Model) -> None:
         rewriter.rewrite(model)
         common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.DeduplicateInitializersPass(size_limit=SCALAR)(model)
     common.CommonSubexpressionEliminationPass()(model)
     for unused in (common.RemoveUnusedNodesPass, common.RemoveUnusedFunctionsPass, common.RemoveUnusedOpsetsPass):
         unused()(model)
@@ -97,7 +99,8 @@ def _name_sites(model: onir.Model, lowered: Sequence[Lowered]) -> None:
         for part, suffix in _PARTS:
             v = model.graph.initializers.get(key(site.name, part))
             if v is not None:
-                v.name = f"{site.name}{suffix}"
+                wanted = f"{site.name}{suffix}"
+                v.name = wanted if wanted not in model.graph.initializers else f"{wanted}.quantized"
 
 
 def _name_ports(model: onir.Model, signature: Signature) -> None:

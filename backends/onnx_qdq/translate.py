@@ -1,8 +1,10 @@
 """Write a legalized graph as an ONNX model."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
+import onnx
 import onnx_ir as onir
 import torch
 from onnxscript import values
@@ -16,7 +18,27 @@ from ir.encoding import Encoding
 from ir.errors import BackendError
 from ir.numerics import TINY, code_range, storage_dtype
 
-_MICROSOFT = values.Opset("com.microsoft", 1)
+_ANY = (["tensor(uint8)"], ["tensor(int64)", "tensor(int32)"], ["tensor(float)"])
+_GATHER = onnx.defs.OpSchema(
+    "GatherBlockQuantized",
+    "com.microsoft",
+    1,
+    inputs=[
+        onnx.defs.OpSchema.FormalParameter("data", "T1"),
+        onnx.defs.OpSchema.FormalParameter("indices", "Tind"),
+        onnx.defs.OpSchema.FormalParameter("scales", "T2"),
+        onnx.defs.OpSchema.FormalParameter("zero_points", "T1", param_option=onnx.defs.OpSchema.FormalParameterOption.Optional),
+    ],
+    outputs=[onnx.defs.OpSchema.FormalParameter("output", "T2")],
+    type_constraints=[(name, types, "") for name, types in zip(("T1", "Tind", "T2"), _ANY, strict=True)],
+    attributes=[
+        onnx.defs.OpSchema.Attribute(name, onnx.defs.OpSchema.AttrType.INT, "")
+        for name in ("block_size", "bits", "gather_axis", "quantize_axis")
+    ],
+)
+"""The part of ONNX Runtime's own operator that we use; the onnx package does not know it."""
+
+_EXPORTER_LOG = logging.getLogger("torch.onnx._internal.exporter._registration")  # complains about packages that we do not need
 _ONNX_DTYPE = {torch.int8: onir.DataType.INT8, torch.uint8: onir.DataType.UINT8}
 
 
@@ -30,20 +52,29 @@ def to_onnx(gm: GraphModule, example: Sequence[Tensor], opset: int) -> onir.Mode
     shapes = [
         {axis: torch.export.Dim.AUTO for axis, size in enumerate(node.meta["val"].shape) if not isinstance(size, int)} for node in placeholders
     ]
+    _EXPORTER_LOG.setLevel(logging.ERROR)
+    table = {target: row for target, row in TRANSLATIONS.items() if opset >= _SINCE.get(target, 0)}
     try:
         with torch.no_grad():
             program = torch.export.export(gm, tuple(example), dynamic_shapes=_by_name(gm, shapes))
             exported = torch.onnx.export(
-                program, dynamo=True, opset_version=opset, custom_translation_table=TRANSLATIONS, optimize=False, verbose=False
+                program, dynamo=True, opset_version=opset, custom_translation_table=table, optimize=False, verbose=False
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        lines = str(error).strip().splitlines()
         raise BackendError(
-            f"the graph has no ONNX form: {lines[0] if lines else type(error).__name__}",
+            f"the graph has no ONNX form: {_cause(error)}",
             remedy="the chained error names the operator; keep the reference backend, or report the operator",
         ) from error
     assert exported is not None
     return exported.model
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the error at the root of a chain."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _by_name(gm: GraphModule, shapes: Sequence[Any]) -> dict[str, Any]:
@@ -93,7 +124,7 @@ def _token_step(x: Any, greatest: float) -> Any:
 def _gather(ids: Any, codes: Any, scale: Any, zero_point: Any, columns: int, bits: int, block: int) -> Any:
     """Rows of a quantized table, dequantized after they are picked."""
     operands = [codes, ids, scale] if zero_point is None else [codes, ids, scale, zero_point]
-    gather = values.Op(_MICROSOFT, "GatherBlockQuantized")
+    gather = values.Op(values.Opset("com.microsoft", 1), "GatherBlockQuantized", _GATHER)
     return gather(*operands, block_size=block, bits=bits, gather_axis=0, quantize_axis=1)
 
 
@@ -148,3 +179,5 @@ TRANSLATIONS: dict[Any, Any] = {
     ATEN.rms_norm.default: _rms_norm,
 }
 """Operators whose translation is ours: the exporter's own is used for the rest."""
+
+_SINCE = {ATEN.rms_norm.default: 23}  # the opset from which a translation can be used

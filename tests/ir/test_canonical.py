@@ -142,7 +142,9 @@ def test_flatten_becomes_a_reshape_that_reads_its_sizes():
 
 
 def test_sizes_fixed_by_the_trace_are_numbers_afterwards():
-    program = torch.export.export(torch.nn.Linear(8, 6), (torch.randn(4, 8),), dynamic_shapes=({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},))
+    program = torch.export.export(
+        torch.nn.Linear(8, 6), (torch.randn(4, 8),), dynamic_shapes=({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    )
     gm = program.module(check_guards=False)
     canonicalize(gm)
     assert all(isinstance(node.meta["val"].shape[-1], int) for node in gm.graph.nodes if node.op != "output")

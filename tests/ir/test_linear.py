@@ -28,7 +28,9 @@ def test_products_with_a_parameter_become_linear(name):
     torch.testing.assert_close(gm(X)[0], function(X, W, B))
 
 
-@pytest.mark.parametrize("turn", [torch.t, lambda w: w.transpose(0, 1), lambda w: w.transpose(-1, -2), lambda w: w.permute(1, 0), lambda w: w.T])
+@pytest.mark.parametrize(
+    "turn", [torch.t, lambda w: w.transpose(0, 1), lambda w: w.transpose(-1, -2), lambda w: w.permute(1, 0), lambda w: w.T]
+)
 def test_a_parameter_that_is_turned_for_the_product_is_read_as_it_is(turn):
     w = W.t().contiguous()
     gm = traced(lambda x, w: x @ turn(w), X, w=w)

@@ -55,7 +55,8 @@ def test_raises_every_spelling_and_keeps_its_function(name, dtype):
     if dtype == torch.float32:
         torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
     elif name != "of a difference":  # there the difference is rounded, and not by the norm
-        torch.testing.assert_close(after.double(), exact, rtol=2**-8, atol=0)  # one rounding
+        roundings = 2 if name == "gemma without float" else 1  # there the gain is rounded too
+        torch.testing.assert_close(after.double(), exact, rtol=roundings * 2**-8, atol=0)
 
 
 def test_a_gain_of_one_plus_w_becomes_a_parameter_in_the_dtype_it_is_computed_in():

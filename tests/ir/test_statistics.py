@@ -158,7 +158,7 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(DataError, match="where: .*absent"):
+    with pytest.raises(DataError, match=r"where: .*absent"):
         Statistics.load(tmp_path / "absent.safetensors")
 
 

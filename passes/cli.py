@@ -1,0 +1,216 @@
+"""The command line: `fxpress compile | eval | generate | passes | inspect`. A command parses, calls and prints.
+
+What needs torch is imported inside of the commands, so that `--help` and bad usage are answered at once.
+"""
+
+import logging
+import sys
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from ir.errors import FxpressError, OptionError
+
+if TYPE_CHECKING:
+    from passes.progress import Progress
+
+WIDTH = 140  # of pages that go to a file or a pipe
+
+
+class _Commands(TyperGroup):
+    """Errors that fxpress raises on purpose become one message and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FxpressError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help="Compress language models."
+)
+
+Window = Annotated[int, typer.Option(min=2, help="Tokens in a window of text.")]
+Windows = Annotated[int, typer.Option(min=1, help="Windows of the text to measure on, from its beginning.")]
+Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16: the dtype that the model is loaded in.")]
+Model = Annotated[str, typer.Argument(help="A folder with a checkpoint, or a model on the Hub.")]
+
+
+@app.command("compile")
+def compile_(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    pipeline: Annotated[str, typer.Option(help="A preset, or passes: 'w4a16(group=32)'.")] = "",
+    recipe: Annotated[Path | None, typer.Option(help="Replay this recipe.yaml instead, on the same windows of the same texts.")] = None,
+    calibration: Annotated[list[Path] | None, typer.Option(help="A text file to calibrate on; may be repeated.")] = None,
+    backend: Annotated[str, typer.Option(help="reference, onnx, or another one's entry point. [default: the recipe's, or onnx]")] = "",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    window: Window = 256,
+    seed: Annotated[int | None, typer.Option(help="Of everything random. [default: the recipe's, or 0]")] = None,
+    text: Annotated[Path | None, typer.Option(help="Measure perplexity on this text, before and after.")] = None,
+    windows: Windows = 100,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+    allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Leave layers that the backend cannot run as they are.")] = False,
+    dtype: Dtype = "float32",
+) -> None:
+    """Compress a model and write a folder that runs."""
+    if bool(pipeline) == (recipe is not None):
+        raise typer.BadParameter("give either --pipeline or --recipe")
+    import passes  # noqa: PLC0415 (see the module's docstring; so below)
+    from passes import loading, registry  # noqa: PLC0415
+    from passes.calibration import token_windows  # noqa: PLC0415
+    from passes.compiled import check_free  # noqa: PLC0415
+    from passes.evaluation import quality  # noqa: PLC0415
+
+    check_free(out, overwrite)
+    replay = passes.Recipe.read(recipe) if recipe else None
+    steps = replay or passes.Pipeline.parse(pipeline)
+    target = backend or (replay.backend if replay else "onnx")
+    registry.backend(target)
+    seed = seed if seed is not None else replay.seed if replay else 0
+    calibration_text = loading.read_texts(calibration) if calibration else ""
+    test_text = loading.read_texts([text]) if text else ""
+
+    original, tokenizer = loading.load_model(model, dtype), None
+    if calibration_text or test_text:
+        tokenizer = loading.load_tokenizer(model)
+    with suppress(FxpressError):  # a model without one is compiled all the same
+        tokenizer = tokenizer or loading.load_tokenizer(model)
+    options = {"samples": samples, "window": window, "seed": seed}
+    batches = loading.calibration_batches(calibration_text, tokenizer, **options) if calibration_text else None
+    ids = token_windows(test_text, tokenizer, window, windows) if test_text else None
+    _quiet()
+    compiled = passes.compile(
+        original, steps, batches, target, seed=seed, tokenizer=tokenizer, allow_partial=allow_partial, progress=_progress()
+    )
+    if ids is not None and text is not None:
+        measures = compiled.report().measures
+        measures[f"{text.name}, before"] = quality(original, ids)
+        measures[f"{text.name}, after"] = quality(compiled, ids, original)
+    compiled.save(out, overwrite=overwrite)
+    _print(*compiled.report().tables(), f"on disk: {_megabytes(Path(model))} before, {_megabytes(out)} after, in {out}")
+
+
+@app.command("eval")
+def eval_(
+    model: Annotated[str, typer.Argument(help="A folder that fxpress wrote, a checkpoint's folder, or a model on the Hub.")],
+    text: Annotated[Path, typer.Option(help="The text to measure on.")],
+    reference: Annotated[str, typer.Option(help="The original: a checkpoint's folder, or a model on the Hub.")] = "",
+    windows: Windows = 100,
+    window: Window = 256,
+    dtype: Dtype = "float32",
+) -> None:
+    """Measure perplexity on a text, and divergence from the original."""
+    from passes import loading  # noqa: PLC0415
+    from passes.calibration import token_windows  # noqa: PLC0415
+    from passes.compiled import load  # noqa: PLC0415
+    from passes.evaluation import quality  # noqa: PLC0415
+
+    content = loading.read_texts([text])
+    measured: Any = load(model) if loading.is_compiled(model) else loading.load_model(model, dtype)
+    original = loading.load_model(reference, dtype) if reference else None
+    ids = token_windows(content, loading.load_tokenizer(model), window, windows)
+    rows = {model: quality(measured, ids, original)}
+    if original is not None:
+        rows = {reference: quality(original, ids), **rows}
+    columns = list(dict.fromkeys(key for values in rows.values() for key in values))
+    table = Table(f"{text.name}, {ids.shape[0]} windows of {ids.shape[1]} tokens", *columns)
+    for name, values in rows.items():
+        table.add_row(name, *(f"{values[key]:.4g}" if key in values else "" for key in columns))
+    _print(table)
+    if original is None:
+        _print("without --reference there is no comparison with the original")
+
+
+@app.command()
+def generate(
+    directory: Annotated[Path, typer.Argument(help="A folder that `fxpress compile` wrote.")],
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; may be repeated.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
+) -> None:
+    """Continue prompts greedily."""
+    from passes.compiled import load  # noqa: PLC0415
+    from passes.continuation import Continuation  # noqa: PLC0415
+    from passes.loading import load_tokenizer  # noqa: PLC0415
+
+    run = Continuation(load(directory), load_tokenizer(directory), prompt)
+    if len(prompt) == 1:
+        typer.echo(prompt[0], nl=False)
+        for piece in run.stream(tokens):
+            typer.echo(piece, nl=False)
+            sys.stdout.flush()
+        typer.echo()
+    else:
+        for _ in run.stream(tokens):
+            pass
+        typer.echo("\n\n".join(map(str.__add__, prompt, run.texts())))
+    typer.echo(run.speed(), err=True)
+
+
+@app.command("passes")
+def passes_(markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables that the README contains.")] = False) -> None:
+    """List all passes and presets with their options."""
+    from passes import catalogue  # noqa: PLC0415
+
+    if markdown:
+        typer.echo(catalogue.markdown())
+    else:
+        _print(*(sheet.rich() for sheet in catalogue.catalogue()))
+
+
+@app.command("inspect")
+def inspect_(
+    model: Model,
+    pipeline: Annotated[str, typer.Option(help="Show what this preset, or these passes, would cover.")] = "canonicalize",
+    graph: Annotated[bool, typer.Option("--graph", help="Print the graph's text too.")] = False,
+    backend: Annotated[str, typer.Option(help="Whose limits to apply.")] = "reference",
+    dtype: Dtype = "float32",
+) -> None:
+    """Show a model's groups of layers, its blocks, and what a pipeline would cover. Nothing is written."""
+    from ir.text import graph_text  # noqa: PLC0415
+    from passes import inspection, registry  # noqa: PLC0415
+    from passes.base import Context  # noqa: PLC0415
+    from passes.loading import load_model  # noqa: PLC0415
+    from passes.pipeline import Pipeline  # noqa: PLC0415
+
+    steps = Pipeline.parse(pipeline)
+    ctx = Context(backend=registry.backend(backend), allow_partial=True)
+    gm = inspection.annotated(load_model(model, dtype), steps, ctx)
+    if graph:
+        typer.echo(graph_text(gm))
+    _print(*inspection.tables(gm, ctx), *(f"note: {note}" for note in ctx.notes))
+
+
+def _print(*parts: Any) -> None:
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console = Console(markup=False, highlight=False, width=WIDTH)
+    for part in parts:
+        console.print(part)
+
+
+def _progress() -> "Progress":
+    from passes.progress import Progress  # noqa: PLC0415
+
+    return Progress(lines=not sys.stderr.isatty())
+
+
+def _quiet() -> None:
+    """No remarks of exporters among ours."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)
+
+
+def _megabytes(folder: Path) -> str:
+    """The size of the model's files in a folder; of a model on the Hub it is not known."""
+    if not folder.is_dir():
+        raise OptionError("not a folder", where=str(folder))
+    return f"{sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e6:.2f} MB"

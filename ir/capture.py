@@ -133,7 +133,7 @@ def _made_up(model: transformers.PreTrainedModel) -> Inputs:
     return {"input_ids": tokens(LENGTH), **{name: v for name, v in optional.items() if name in accepted and v is not None}}
 
 
-def _dynamic(name: str, v: Any) -> Any:
+def _dynamic(v: Any) -> Any:
     """Which axes vary: batch and length of everything, batch and past of a cache."""
     if isinstance(v, Tensor):
         axes = (0, 1) if v.ndim == 2 and not v.is_floating_point() else range(v.ndim)
@@ -148,9 +148,11 @@ def _capture_pretrained(model: transformers.PreTrainedModel, inputs: Inputs) -> 
     from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model  # noqa: PLC0415 (optional name of a young API)
 
     register_cache_pytrees_for_model(model)
-    config = DynamoConfig(dynamic_shapes={name: _dynamic(name, v) for name, v in inputs.items()})
+    given = dict(inputs)
+    inputs = {name: v for name, v in inputs.items() if not isinstance(v, bool)}  # flags, use_cache=False, shape the trace and are gone
+    config = DynamoConfig(dynamic_shapes={name: _dynamic(v) for name, v in inputs.items()})
     example = [leaf.detach().clone() for leaf in pytree.tree_leaves(inputs)]
-    program = _traced(model, lambda: exporter.export_program(model, dict(inputs), config)[0])
+    program = _traced(model, lambda: exporter.export_program(model, given, config)[0])
     names: list[str] = []
     for name, v in inputs.items():
         leaves = pytree.tree_leaves(v)
@@ -229,6 +231,7 @@ def _flat(
     gm.meta["signature"] = Signature(tuple(ports), tuple(results), output_class, positional)
     gm.meta["example"] = example
     drop_checks(gm)
+    edit.settle_sizes(gm)
     gm.recompile()
     return gm
 
@@ -242,4 +245,5 @@ def _merge_attributes(gm: GraphModule) -> None:
 
 
 def _port(name: str, fake: Tensor) -> Port:
-    return Port(name, str(fake.dtype).removeprefix("torch."), tuple(size if isinstance(size, int) else None for size in fake.shape))
+    sizes = [size if isinstance(size, int) else size.node.maybe_as_int() for size in fake.shape]  # a symbol may have been fixed since
+    return Port(name, str(fake.dtype).removeprefix("torch."), tuple(sizes))

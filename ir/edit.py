@@ -164,9 +164,7 @@ def settle_sizes(gm: GraphModule) -> int:
         fake = node.meta.get("val")
         if isinstance(fake, torch.SymInt) and _settled(fake) is not fake:
             for user in list(node.users):
-                user.args, user.kwargs = map_arg(
-                    (user.args, user.kwargs), lambda read, node=node, fake=fake: _settled(fake) if read is node else read
-                )
+                _pass_number(user, node, _settled(fake))
             count += 1
         elif isinstance(fake, torch.Tensor) and any(_settled(size) is not size for size in fake.shape):
             with mode if mode is not None else _nothing():
@@ -174,6 +172,15 @@ def settle_sizes(gm: GraphModule) -> int:
                 node.meta["val"] = torch.empty_strided(shape, stride, dtype=fake.dtype, device=fake.device)
             count += 1
     return count
+
+
+def _pass_number(user: Node, old: Node, number: int) -> None:
+    """Let a call read a number where it read a node."""
+
+    def substitute(read: Node) -> Any:
+        return number if read is old else read
+
+    user.args, user.kwargs = map_arg(user.args, substitute), map_arg(user.kwargs, substitute)
 
 
 def _settled(size: Any) -> Any:

@@ -3,6 +3,7 @@
 import json
 import math
 import operator
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,18 @@ from ir.ops import DEQUANTIZE
 
 GRAPH_FILE, WEIGHTS_FILE, FORMAT = "graph.json", "weights.safetensors", 1
 NAMESPACES = ("aten", "fxpress")
-SIZE_MODULES = {"operator": operator, "_operator": operator, "math": math, "torch": torch}
+# Arithmetic on sizes; nothing else of these modules: `operator.attrgetter` alone reaches every object of the interpreter.
+SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    f"{function.__module__}:{function.__name__}": function
+    for function in (
+        *(operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod, operator.pow, operator.neg),
+        *(operator.pos, operator.abs, operator.and_, operator.or_, operator.not_, operator.getitem),
+        *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge),
+        *(math.ceil, math.floor, math.trunc),
+        *(torch.sym_int, torch.sym_float, torch.sym_not, torch.sym_max, torch.sym_min, torch.sym_ite, torch.sym_sum),
+    )
+}
+NAME = re.compile(r"[^\"'\\\s]+")  # fx writes names into source code, between quotes where they are no identifiers
 TORCH_VALUES = (torch.dtype, torch.layout, torch.memory_format)
 
 
@@ -99,9 +111,9 @@ def _node(node: Node) -> dict[str, Any]:
 
 
 def _name(target: Callable[..., Any]) -> str:
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target)
-    return f"{target.__module__}:{target.__name__}"
+    name = str(target) if isinstance(target, torch._ops.OpOverload) else f"{target.__module__}:{target.__name__}"
+    _resolve(name)  # refuse now what could not be loaded
+    return name
 
 
 def _data(value: Any) -> Any:
@@ -144,22 +156,27 @@ def _value(data: Any, made: dict[str, Node]) -> Any:
 
 
 def _read_node(graph: Graph, entry: dict[str, Any], made: dict[str, Node]) -> Node:
-    kind, target = entry["op"], entry["target"]
+    kind, target, kwargs = entry["op"], entry["target"], _value(entry["kwargs"], made)
     if kind not in {"placeholder", "get_attr", "call_function", "output"}:
         raise DataError(f"{kind!r} is not a kind of node")
+    if not (NAME.fullmatch(target) if kind == "get_attr" else kind == "call_function" or target.isidentifier()):
+        raise DataError(f"{target!r} is not a name")
+    if not all(key.isidentifier() for key in kwargs):
+        raise DataError(f"operands {list(kwargs)} are not names")
     resolved = _resolve(target) if kind == "call_function" else target
-    return graph.create_node(kind, resolved, _value(entry["args"], made), _value(entry["kwargs"], made), entry["name"])
+    return graph.create_node(kind, resolved, _value(entry["args"], made), kwargs, entry["name"])
 
 
 def _resolve(name: str) -> Callable[..., Any]:
-    """The operator called `name`, from the namespaces and modules that graphs may use."""
-    if ":" in name:
-        module, _, function = name.partition(":")
-        found = getattr(SIZE_MODULES[module], function)
-        if module == "torch" and not function.startswith("sym_"):
-            raise DataError(f"{name!r} is not an operator of graphs")
-        return found  # type: ignore[no-any-return]
-    namespace, operation, overload = name.split(".")
-    if namespace not in NAMESPACES:
+    """The operator called `name`, from the namespaces and functions that graphs may use.
+
+    Raises:
+        DataError: any other; one that changes its operands, or reads or writes files.
+    """
+    if name in SIZE_FUNCTIONS:
+        return SIZE_FUNCTIONS[name]
+    namespace, operation, overload = name.split(".") if name.count(".") == 2 else ("", "", "")
+    found = getattr(getattr(getattr(torch.ops, namespace), operation), overload) if namespace in NAMESPACES else None
+    if not isinstance(found, torch._ops.OpOverload) or found._schema.is_mutable or "filename" in {a.name for a in found._schema.arguments}:
         raise DataError(f"{name!r} is not an operator of graphs")
-    return getattr(getattr(getattr(torch.ops, namespace), operation), overload)  # type: ignore[no-any-return]
+    return found

@@ -110,15 +110,20 @@ class Signature:
 
 
 def _flatten_cache(given: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Arguments by flat name: a cache object, or a list of (key, value) pairs, becomes one entry per tensor."""
+    """Arguments by flat name: a cache object, or a list of (key, value) pairs, becomes one entry per tensor; one not yet filled, none."""
     flat: dict[str, Tensor] = {}
     for name, value in given.items():
         if isinstance(value, torch.Tensor):
             flat[name] = value
             continue
         pairs = [(layer.keys, layer.values) for layer in value.layers] if hasattr(value, "layers") else value
+        if not isinstance(pairs, list | tuple) or not all(isinstance(pair, list | tuple) for pair in pairs):
+            raise DataError(f"input {name!r} is a {type(value).__name__}", remedy="give a tensor, or a cache of keys and values")
         for index, pair in enumerate(pairs):
-            flat |= {f"{name}.{index}.{part}": tensor for part, tensor in zip(CACHE_PARTS, pair, strict=False)}
+            parts = {f"{name}.{index}.{part}": part_of for part, part_of in zip(CACHE_PARTS, pair, strict=False) if part_of is not None}
+            if not all(isinstance(tensor, torch.Tensor) for tensor in parts.values()):
+                raise DataError(f"input {name!r} holds something else than tensors", remedy="give a tensor, or a cache of keys and values")
+            flat |= parts
     return flat
 
 

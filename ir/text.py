@@ -38,7 +38,7 @@ def _line(node: Node, names: dict[Node, str], annotations: bool) -> str:
     operands = [_operand(argument, names) for argument in node.args]
     operands += [f"{key}={_operand(argument, names)}" for key, argument in sorted(node.kwargs.items())]
     marks = (node.meta.get("custom") or {}).get(KEY) if annotations else None
-    suffix = " {" + ", ".join(f"{k}: {v}" for k, v in sorted(marks.items())) + "}" if marks else ""
+    suffix = " {" + ", ".join(f"{k}: {v}" for k, v in sorted(marks.items())) + "}" if isinstance(marks, dict) and marks else ""
     return f"{names[node]} = {_target(node)}({', '.join(operands)}): {_type(node)}{suffix}"
 
 
@@ -71,5 +71,6 @@ def _operand(argument: Any, names: dict[Node, str]) -> str:
 def where(node: Node) -> str:
     """The place a node came from: its name, its module's path, and the line of the model's source."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
+    lines = [line for line in lines if "/torch/nn/" not in line] or lines  # the model's own line, not the one of nn.Linear
     path = edit.module_path(node)
     return ", ".join(filter(None, [f"node %{node.name}", f"module {path}" if path else "", lines[-1] if lines else ""]))

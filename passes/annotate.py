@@ -94,7 +94,8 @@ class Annotate(Pass):
         covered = 0
         for layer, reason in self._decisions(gm):
             if reason is not None:
-                ctx.skip(layer.path, reason, _size(gm, layer))
+                if layer.site("weight").encoding is None:  # else an earlier pass has annotated it
+                    ctx.skip(layer.path, reason, _size(gm, layer))
                 continue
             layer.site("weight").annotate(self._row_encoding if layer.kind == "Embedding" else self.weights)
             if layer.kind == "Linear":

@@ -6,7 +6,6 @@ What needs torch is imported inside of the commands, so that `--help` and bad us
 import logging
 import sys
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from ir.errors import FxpressError, OptionError
+from ir.errors import FxpressError
 
 if TYPE_CHECKING:
     from passes.progress import Progress
@@ -64,11 +63,11 @@ def compile_(
     """Compress a model and write a folder that runs."""
     if bool(pipeline) == (recipe is not None):
         raise typer.BadParameter("give either --pipeline or --recipe")
-    import passes  # noqa: PLC0415 (see the module's docstring; so below)
-    from passes import loading, registry  # noqa: PLC0415
-    from passes.calibration import token_windows  # noqa: PLC0415
-    from passes.compiled import check_free  # noqa: PLC0415
-    from passes.evaluation import quality  # noqa: PLC0415
+    import passes
+    from passes import loading, registry
+    from passes.calibration import token_windows
+    from passes.compiled import check_free
+    from passes.evaluation import quality
 
     check_free(out, overwrite)
     replay = passes.Recipe.read(recipe) if recipe else None
@@ -79,14 +78,10 @@ def compile_(
     calibration_text = loading.read_texts(calibration) if calibration else ""
     test_text = loading.read_texts([text]) if text else ""
 
-    original, tokenizer = loading.load_model(model, dtype), None
-    if calibration_text or test_text:
-        tokenizer = loading.load_tokenizer(model)
-    with suppress(FxpressError):  # a model without one is compiled all the same
-        tokenizer = tokenizer or loading.load_tokenizer(model)
-    options = {"samples": samples, "window": window, "seed": seed}
-    batches = loading.calibration_batches(calibration_text, tokenizer, **options) if calibration_text else None
+    tokenizer = loading.load_tokenizer(model, needed=bool(calibration_text or test_text))
+    batches = loading.calibration_batches(calibration_text, tokenizer, samples, window, seed) if calibration_text else None
     ids = token_windows(test_text, tokenizer, window, windows) if test_text else None
+    original = loading.load_model(model, dtype)
     _quiet()
     compiled = passes.compile(
         original, steps, batches, target, seed=seed, tokenizer=tokenizer, allow_partial=allow_partial, progress=_progress()
@@ -109,10 +104,10 @@ def eval_(
     dtype: Dtype = "float32",
 ) -> None:
     """Measure perplexity on a text, and divergence from the original."""
-    from passes import loading  # noqa: PLC0415
-    from passes.calibration import token_windows  # noqa: PLC0415
-    from passes.compiled import load  # noqa: PLC0415
-    from passes.evaluation import quality  # noqa: PLC0415
+    from passes import loading
+    from passes.calibration import token_windows
+    from passes.compiled import load
+    from passes.evaluation import quality
 
     content = loading.read_texts([text])
     measured: Any = load(model) if loading.is_compiled(model) else loading.load_model(model, dtype)
@@ -137,9 +132,9 @@ def generate(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
 ) -> None:
     """Continue prompts greedily."""
-    from passes.compiled import load  # noqa: PLC0415
-    from passes.continuation import Continuation  # noqa: PLC0415
-    from passes.loading import load_tokenizer  # noqa: PLC0415
+    from passes.compiled import load
+    from passes.continuation import Continuation
+    from passes.loading import load_tokenizer
 
     run = Continuation(load(directory), load_tokenizer(directory), prompt)
     if len(prompt) == 1:
@@ -158,7 +153,7 @@ def generate(
 @app.command("passes")
 def passes_(markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables that the README contains.")] = False) -> None:
     """List all passes and presets with their options."""
-    from passes import catalogue  # noqa: PLC0415
+    from passes import catalogue
 
     if markdown:
         typer.echo(catalogue.markdown())
@@ -175,11 +170,11 @@ def inspect_(
     dtype: Dtype = "float32",
 ) -> None:
     """Show a model's groups of layers, its blocks, and what a pipeline would cover. Nothing is written."""
-    from ir.text import graph_text  # noqa: PLC0415
-    from passes import inspection, registry  # noqa: PLC0415
-    from passes.base import Context  # noqa: PLC0415
-    from passes.loading import load_model  # noqa: PLC0415
-    from passes.pipeline import Pipeline  # noqa: PLC0415
+    from ir.text import graph_text
+    from passes import inspection, registry
+    from passes.base import Context
+    from passes.loading import load_model
+    from passes.pipeline import Pipeline
 
     steps = Pipeline.parse(pipeline)
     ctx = Context(backend=registry.backend(backend), allow_partial=True)
@@ -198,7 +193,7 @@ def _print(*parts: Any) -> None:
 
 
 def _progress() -> "Progress":
-    from passes.progress import Progress  # noqa: PLC0415
+    from passes.progress import Progress
 
     return Progress(lines=not sys.stderr.isatty())
 
@@ -210,7 +205,6 @@ def _quiet() -> None:
 
 
 def _megabytes(folder: Path) -> str:
-    """The size of the model's files in a folder; of a model on the Hub it is not known."""
-    if not folder.is_dir():
-        raise OptionError("not a folder", where=str(folder))
-    return f"{sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e6:.2f} MB"
+    """The size of a folder's files; for a model on the Hub, that it has none."""
+    sizes = [file.stat().st_size for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
+    return f"{sum(sizes) / 1e6:.2f} MB" if sizes else "not in a local folder"

@@ -81,10 +81,10 @@ class Compiled:
         The folder appears complete, or not at all.
 
         Raises:
-            OptionError: the folder exists and `overwrite` is not set.
+            OptionError: the folder exists and `overwrite` is not set, or it holds something that fxpress did not write.
             DataError: it cannot be written.
         """
-        directory = Path(directory)
+        directory = Path(directory).resolve()
         with _appearing(directory, overwrite) as partial:
             self.executable.save(partial)
             manifest = {"format": FORMAT, "backend": self.backend, "signature": self.signature.to_json()}
@@ -109,11 +109,15 @@ def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
 
 
 def check_free(directory: Path, overwrite: bool) -> None:
-    """Refuse a target folder that exists.
+    """Refuse a target folder that exists. Only what fxpress wrote, or an empty folder, is ever replaced.
 
     Raises:
         OptionError: it exists, and may not be overwritten.
     """
+    if overwrite and directory.is_dir() and any(directory.iterdir()) and not (directory / MANIFEST).is_file():
+        raise OptionError(f"the folder has no {MANIFEST}: fxpress did not write it", where=str(directory), remedy="choose another")
+    if overwrite and directory.exists() and not directory.is_dir():
+        raise OptionError("there is a file of that name", where=str(directory), remedy="choose another")
     if directory.exists() and not overwrite:
         raise OptionError("the output folder exists", where=str(directory), remedy="choose another, or overwrite=True (--overwrite)")
 
@@ -130,8 +134,12 @@ def _appearing(directory: Path, overwrite: bool) -> Iterator[Path]:
         if directory.exists():
             old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
             directory.rename(old)
-            partial.rename(directory)
-            shutil.rmtree(old)
+            try:
+                partial.rename(directory)
+            except BaseException:
+                old.rename(directory)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
         else:
             partial.rename(directory)
     except OSError as error:

@@ -1,17 +1,18 @@
 """`compile`: capture, run the pipeline, lower."""
 
-import resource
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ir.capture import capture
-from ir.errors import OptionError
+from ir.errors import DataError, OptionError
+from ir.signature import Signature
 from ir.verify import check_weights, verify
 from passes import registry
 from passes.backend import Backend
@@ -22,7 +23,7 @@ from passes.pipeline import Pipeline, relative_error
 from passes.pipeline import model_outputs as outputs_of
 from passes.progress import Progress
 from passes.recipe import Recipe, calibration_fingerprint, versions, weights_fingerprint
-from passes.report import Report, coverage
+from passes.report import Report, coverage, left_out
 
 PROBE_ROWS, PROBE_LENGTH = 2, 64
 
@@ -46,7 +47,7 @@ def compile(
         model: a `PreTrainedModel`, any module (with example `args`/`kwargs`), or a captured graph. It is left bit-identical.
         pipeline: a preset's name or pipeline text, passes, or a recipe to replay.
         calibration: batches: dicts of inputs, token tensors, or a `DataLoader`.
-        backend: "reference" (default), "onnx", another one's entry point, or a backend object with options.
+        backend: "reference" (default; the recipe's own in a replay), "onnx", another one's entry point, or a backend object with options.
         args: example positional inputs, for plain modules.
         kwargs: example keyword inputs.
         seed: of everything random.
@@ -58,13 +59,14 @@ def compile(
         FxpressError: one of its kinds; bad input is refused before any long work.
     """
     started = time.perf_counter()
-    target: Backend = registry.backend(backend or "reference") if backend is None or isinstance(backend, str) else backend
     recipe = pipeline if isinstance(pipeline, Recipe) else None
+    backend = backend or (recipe.backend if recipe else "reference")
+    target: Backend = registry.backend(backend) if isinstance(backend, str) else backend
     steps = Pipeline.of(recipe.pipeline if recipe else pipeline)  # type: ignore[arg-type]
     if not steps.passes:
         raise OptionError("the pipeline is empty", remedy="name a preset, w4a16, or passes")
     gm = capture(model, args, kwargs)
-    verify(gm, stage="after capture")
+    verify(gm, stage="capture")
     check_weights(gm)
     batches = flat_batches(gm, calibration)
     marks = (weights_fingerprint(gm), calibration_fingerprint(batches))
@@ -73,7 +75,7 @@ def compile(
         seed = recipe.seed
     example: list[Tensor] = gm.meta["example"]
     ctx = Context(batches, _probe(gm, batches) or example, seed, progress or Progress(), backend=target, allow_partial=allow_partial)
-    original = outputs_of(gm, ctx.probe)
+    original = _original(gm, ctx)
     trace = steps.execute(gm, ctx)
     ctx.progress.say(f"lowering to {target.name}")
     executable = target.lower(gm, example, ctx.notes)
@@ -83,7 +85,7 @@ def compile(
         backend=target.name,
         trace=trace,
         coverage=coverage(gm, ctx.skipped),
-        skipped=ctx.skipped,
+        skipped=left_out(gm, ctx.skipped),
         notes=ctx.notes,
         difference=relative_error(outputs_of(gm, ctx.probe), original),
         seconds=time.perf_counter() - started,
@@ -95,13 +97,33 @@ def compile(
 
 
 def _probe(gm: GraphModule, batches: Sequence[Sequence[Tensor]]) -> list[Tensor] | None:
-    """A small part of the first calibration batch; None without calibration data."""
+    """A small part of the first calibration batch, or all of it where inputs beside the tokens cannot be made up; None without any."""
     if not batches:
         return None
-    first = gm.meta["signature"].inputs[0].name
-    if first != "input_ids":
+    signature: Signature = gm.meta["signature"]
+    tokens = batches[0][0]
+    if signature.inputs[0].name != "input_ids" or tokens.ndim != 2:
         return list(batches[0])
-    return gm.meta["signature"].bind(input_ids=batches[0][0][:PROBE_ROWS, :PROBE_LENGTH])  # type: ignore[no-any-return]
+    try:
+        return signature.bind(input_ids=tokens[:PROBE_ROWS, :PROBE_LENGTH])
+    except DataError:
+        return list(batches[0])
+
+
+def _original(gm: GraphModule, ctx: Context) -> tuple[Tensor, ...]:
+    """The outputs on the probe before any pass.
+
+    Raises:
+        DataError: the model fails there, or its outputs are not finite.
+    """
+    source = "calibration data" if ctx.calibration else "example inputs"
+    try:
+        outputs = outputs_of(gm, ctx.probe)
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise DataError(f"the model cannot run on the {source}: {error}", remedy="look for tokens outside of the vocabulary") from error
+    if not all(torch.isfinite(output).all() for output in outputs if output.is_floating_point()):
+        raise DataError(f"the model's own outputs on the {source} are not finite", remedy="look at the model, or use a wider dtype")
+    return outputs
 
 
 def _own_folder(gm: GraphModule) -> Path | None:
@@ -111,6 +133,10 @@ def _own_folder(gm: GraphModule) -> Path | None:
 
 
 def _peak_bytes() -> int:
-    """The process's greatest resident size so far."""
+    """The process's greatest resident size so far; 0 on Windows, which does not tell."""
+    if sys.platform == "win32":
+        return 0
+    import resource  # noqa: PLC0415 (a module of Unix)
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

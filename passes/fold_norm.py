@@ -68,6 +68,8 @@ def _refusal(gm: GraphModule, node: Node, readers: list[Layer | None], uses: dic
         return "the weight of a reader is quantized already"
     if any(reader is not None and uses[id(edit.attribute(gm, reader.weight))] > 1 for reader in readers):
         return "a reader's weight is shared with another layer (run untie first)"
+    if any(reader is not None and set(reader.weight.users) != {reader.node} for reader in readers):
+        return "a reader's weight is read by something else than a layer"
     return ""
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
-from os.path import commonprefix
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -71,7 +70,8 @@ def _groups(gm: GraphModule) -> Table:
     table = Table("in", "layers", "inputs", "outputs", "encodings", title="Layers by the tensor they read", title_justify="left")
     for found in readers(gm).values():
         paths = [layer.path for layer in found]
-        shared = commonprefix(paths).rpartition(".")[0]
+        parents = {path.rpartition(".")[0] for path in paths}
+        shared = parents.pop() if len(parents) == 1 else ""
         names = ", ".join(path.removeprefix(f"{shared}.") for path in paths)
         shapes = [edit.value(layer.weight).shape for layer in found]
         marks = dict.fromkeys(f"{layer.site('weight').encoding or '-'}{_input(layer)}" for layer in found)

@@ -44,7 +44,9 @@ def load_model(source: str, dtype: str = "float32") -> PreTrainedModel:
                 source, config=config, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=False
             )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            raise DataError(f"cannot load the model: {_first_line(error)}", where=source, remedy="name a folder or a model on the Hub") from error
+            raise DataError(
+                f"cannot load the model: {_first_line(error)}", where=source, remedy="name a folder or a model on the Hub"
+            ) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise DataError(f"{len(missing)} weights are missing, {missing[0]} among them", where=source, remedy="complete the checkpoint")
@@ -65,17 +67,21 @@ def model_class(config: Any) -> Any:
     return transformers.AutoModel
 
 
-def load_tokenizer(source: str | Path) -> Any:
+def load_tokenizer(source: str | Path, *, needed: bool = True) -> Any:
     """The tokenizer in a folder or on the Hub.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, though one is needed.
     """
     with _quiet():
         try:
             return transformers.AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            raise DataError(f"cannot load a tokenizer: {_first_line(error)}", where=str(source), remedy="put tokenizer.json there") from error
+            if not needed:
+                return None
+            raise DataError(
+                f"cannot load a tokenizer: {_first_line(error)}", where=str(source), remedy="put tokenizer.json there"
+            ) from error
 
 
 def read_texts(paths: Sequence[Path]) -> str:
@@ -97,9 +103,9 @@ def read_texts(paths: Sequence[Path]) -> str:
     return "\n\n".join(parts)
 
 
-def calibration_batches(text: str, tokenizer: Any, *, samples: int, window: int, seed: int, batch: int = 8) -> list[Tensor]:
+def calibration_batches(text: str, tokenizer: Any, samples: int, window: int, seed: int, batch: int = 8) -> list[Tensor]:
     """`samples` windows drawn with `seed`, as token tensors `[batch, window]`."""
-    return list(token_windows(text, tokenizer, window, samples, seed).split(batch))
+    return list(torch.split(token_windows(text, tokenizer, window, samples, seed), batch))
 
 
 @contextlib.contextmanager

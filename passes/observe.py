@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch.fx import GraphModule, Node
 
-from ir import evaluate
+from ir import edit, evaluate
 from ir.errors import DataError
 from ir.sites import readers
 from ir.statistics import Statistics
@@ -40,13 +40,15 @@ class Observe(Pass):
         """Fill `ctx.statistics`; keys are the paths of the first layers that read each tensor."""
         sources = {source: found[0].path for source, found in readers(gm).items()}
         if self.file and Path(self.file).exists():
-            ctx.statistics = Statistics.load(Path(self.file))
-            missing = sorted(set(sources.values()) - set(ctx.statistics))
-            if missing:
-                raise DataError(
-                    f"the statistics have no entry for {missing[0]!r}", where=self.file, remedy="remove the file to measure anew"
-                )
-            return len(ctx.statistics)
+            loaded = Statistics.load(Path(self.file))
+            for source, path in sources.items():
+                found = loaded.get(path)
+                if found is None or found.channels != edit.value(source).shape[-1] or (self.gram and found.gram is None):
+                    raise DataError(
+                        f"the statistics have no entry for {path!r} that fits", where=self.file, remedy="remove the file to measure anew"
+                    )
+            ctx.statistics = loaded
+            return len(loaded)
         statistics = Statistics()
 
         def tap(node: Node, value: Any) -> None:
@@ -54,6 +56,8 @@ class Observe(Pass):
                 statistics.observe(sources[node], value, gram=self.gram)
 
         for batch in ctx.track(ctx.calibration, "observe"):
+            for node, value in evaluate.bind(gm, batch).items():
+                tap(node, value)
             evaluate.run(gm, batch, tap)
         ctx.statistics = statistics
         if self.file:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ir import edit, evaluate
-from ir.errors import FxpressError, OptionError, PassError
+from ir.errors import CoverageError, DataError, FxpressError, OptionError, PassError
 from ir.text import graph_text
 from ir.verify import verify
 from passes import registry
@@ -20,6 +20,8 @@ from passes.support import refuse_unsupported
 
 # Greatest relative error of the outputs that rounding may cause in a pass that keeps the function, by dtype of the outputs.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+LONGEST = 1 << 16  # characters of pipeline text
+CALLERS = (CoverageError, DataError, OptionError)  # what the caller can mend keeps its kind
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Pipeline(Pass):
         Raises:
             OptionError: malformed text, an unknown name or option, a value that is not a literal.
         """
+        if len(text) > LONGEST:
+            raise OptionError(f"pipeline text has at most {LONGEST} characters, not {len(text)}", where=text[:200])
         try:
             tree = ast.parse(f"[{text}\n]", mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -77,7 +81,9 @@ class Pipeline(Pass):
         """Run every pass under its contract.
 
         Raises:
-            PassError: a pass failed or broke its effect's promise; names it and what ran before, with the cause chained.
+            PassError: a pass failed or broke its effect's promise.
+            CoverageError, DataError, OptionError: a pass cannot run on what the caller gave.
+            All name the pass and what ran before it, with the cause chained.
         """
         records: list[Record] = []
         before = model_outputs(gm, ctx.probe)
@@ -85,19 +91,18 @@ class Pipeline(Pass):
             ctx.progress.say(f"[{index + 1}/{len(self.passes)}] {step}")
             try:
                 record, before = _run_one(step, gm, ctx, before)
-            except FxpressError as error:
-                raise _failure(step, records, error) from error
-            except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            except Exception as error:
                 raise _failure(step, records, error) from error
             records.append(record)
         return records
 
 
 def _failure(step: Pass, records: list[Record], error: Exception) -> FxpressError:
-    if isinstance(error, OptionError) or (isinstance(error, FxpressError) and type(error) is not PassError and not records):
-        return error
-    ran = ", ".join(record.text for record in records) or "nothing"
-    return PassError(f"pass {step} failed: {type(error).__name__}: {error}", where=f"after {ran}")
+    ran = f"after {', '.join(record.text for record in records) or 'nothing'}"
+    if not isinstance(error, FxpressError):
+        return PassError(f"pass {step} failed: {type(error).__name__}: {error}", where=ran)
+    kind = type(error) if isinstance(error, CALLERS) else PassError
+    return kind(f"pass {step} failed: {error.what}", where="\n".join(filter(None, [error.where, ran])), remedy=error.remedy)
 
 
 def _run_one(step: Pass, gm: GraphModule, ctx: Context, before: tuple[Tensor, ...]) -> tuple[Record, tuple[Tensor, ...]]:
@@ -114,12 +119,12 @@ def _run_one(step: Pass, gm: GraphModule, ctx: Context, before: tuple[Tensor, ..
             refuse_unsupported(gm, ctx)
         return Record(str(step), step.effect, sites, seconds, None, tuple(ctx.skipped[skipped:])), before
     edit.clean(gm)
-    verify(gm, stage=f"after {step}")
+    verify(gm, stage=str(step))
     if sites:
         ctx.statistics = None
     after = model_outputs(gm, ctx.probe) if sites else before
     difference = relative_error(after, before)
-    limit = ROUNDING.get(before[0].dtype, 0.0) if before else 0.0
+    limit = max((ROUNDING.get(output.dtype, 0.0) for output in before), default=0.0)
     if step.effect is Effect.PRESERVE and not difference <= limit:
         raise PassError(f"{step.name()} declares the effect PRESERVE but changed the outputs by {difference:.2g} (allowed {limit:g})")
     if not all(torch.isfinite(output).all() for output in after if output.is_floating_point()):
@@ -153,6 +158,8 @@ def _item(tree: ast.expr, text: str) -> Pass:
         )
     if call.args or any(keyword.arg is None for keyword in call.keywords):
         raise OptionError(f"options of {call.func.id} are given by name", where=text[:200], remedy=f"write {call.func.id}(option=value)")
+    if len({keyword.arg for keyword in call.keywords}) < len(call.keywords):
+        raise OptionError(f"an option of {call.func.id} is given twice", where=text[:200])
     options = {}
     for keyword in call.keywords:
         try:

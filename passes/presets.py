@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 from ir.errors import OptionError
 from passes.annotate import Annotate
@@ -34,7 +35,9 @@ def weight_only(
         head: quantize output heads too.
         embeddings: quantize embeddings too.
     """
-    marks = Annotate(f"W{bits}A16", group=group, symmetric=symmetric, ignore=tuple(ignore), head=head, embeddings=embeddings)
+    marks = Annotate(
+        f"W{bits}A16", group=group, symmetric=symmetric, ignore=cast("tuple[str, ...]", ignore), head=head, embeddings=embeddings
+    )
     return Pipeline((Canonicalize(), Untie(), marks, RoundWeights(rounding)))
 
 
@@ -58,7 +61,7 @@ def both(
         head: quantize output heads too.
         embeddings: quantize embeddings too.
     """
-    marks = Annotate(scheme, dynamic=dynamic, ignore=tuple(ignore), head=head, embeddings=embeddings)
+    marks = Annotate(scheme, dynamic=dynamic, ignore=cast("tuple[str, ...]", ignore), head=head, embeddings=embeddings)
     if dynamic and quantile != 1.0:
         raise OptionError("quantile clips static ranges", where="quantile", remedy="set dynamic=False too")
     # Statistics come after the weights are rounded, so that they describe the model that will run.

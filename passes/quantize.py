@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from ir import edit, numerics
 from ir.encoding import Encoding
-from ir.errors import DataError
+from ir.errors import DataError, OptionError
 from ir.ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 from ir.rounding import Nearest
 from ir.sites import Layer, layers, readers
@@ -38,9 +38,15 @@ class Quantize(Pass):
     quantile: float = 1.0
     effect: ClassVar[Effect] = Effect.CHANGE
 
+    def __post_init__(self) -> None:
+        if not 0 < self.quantile <= 1:
+            raise OptionError(f"a quantile lies above 0 and up to 1, not at {self.quantile}", where="quantize(quantile=...)")
+
     def requires(self, gm: GraphModule, ctx: Context) -> None:
         """Statistics, if an activation is static."""
-        for found in readers(gm).values():
+        for source, found in readers(gm).items():
+            if source.target is DEQUANTIZE:
+                continue
             static = [layer for layer in found if (encoding := layer.site("input").encoding) is not None and not encoding.dynamic]
             if static and (ctx.statistics is None or found[0].path not in ctx.statistics):
                 raise DataError(

@@ -51,11 +51,21 @@ def build(name: str, options: dict[str, Any], where: str) -> Pass:
             where=where,
             remedy=f"did you mean {close[0]!r}?" if close else f"there are {sorted(known)}",
         )
+    parameters = inspect.signature(known[name]).parameters
+    for option, value in options.items():
+        if option in parameters and not _fits(value, parameters[option].default):
+            kind = type(parameters[option].default).__name__
+            raise OptionError(f"{name}({option}={value!r}): the option is a {kind}", where=where)
     try:
         return known[name](**options)
     except TypeError as error:
-        options_text = ", ".join(map(str, inspect.signature(known[name]).parameters.values()))
-        raise OptionError(f"{name}: {error}", where=where, remedy=f"its options are {options_text}") from error
+        raise OptionError(f"{name}: {error}", where=where, remedy=f"its options are {', '.join(map(str, parameters.values()))}") from error
+
+
+def _fits(value: object, default: object) -> bool:
+    """Whether a literal can stand where an option has this default; where that is None or another object, the pass has to say."""
+    accepted = {bool: (bool,), int: (int,), float: (int, float), str: (str,), tuple: (tuple, list)}.get(type(default))
+    return accepted is None or (isinstance(value, accepted) and (not isinstance(value, bool) or bool in accepted))
 
 
 def backend(name: str) -> "Backend":

@@ -73,6 +73,12 @@ def coverage(gm: GraphModule, skipped: Iterable[Skip]) -> Coverage:
     return Coverage(compressed + rest, compressed, -(-bits // 8) + rest, elements, bits, left)
 
 
+def left_out(gm: GraphModule, skipped: Iterable[Skip]) -> list[Skip]:
+    """The skips that still hold: a later pass may have quantized the layer after all, or have left it out for another reason."""
+    covered = {layer.path for layer in layers(gm) if layer.weight.op != "get_attr"}
+    return list({skip.path: skip for skip in skipped if skip.path not in covered}.values())
+
+
 @dataclass
 class Report:
     """Everything worth knowing about one compile; `str` and `rich` print it, `to_json` saves it."""

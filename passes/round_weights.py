@@ -64,7 +64,7 @@ class RoundWeights(Pass):
             return
         if not ctx.calibration:
             raise DataError("round_weights(method='gptq') needs calibration data", remedy="pass calibration=[...], or method='nearest'")
-        tokens = sum(int(batch[0].shape[:2].numel()) for batch in ctx.calibration)
+        tokens = sum(_tokens(batch[0]) for batch in ctx.calibration)
         if tokens < MIN_TOKENS:
             raise DataError(
                 f"{tokens} calibration tokens are too few", remedy=f"give at least {MIN_TOKENS}, better 32 768; or method='nearest'"
@@ -73,12 +73,19 @@ class RoundWeights(Pass):
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Round every annotated weight, one at a time."""
         pending = {layer.node: layer for layer in layers(gm) if layer.site("weight").encoding is not None and layer.weight.op == "get_attr"}
-        if self.method == "gptq":
-            linears = {node: layer for node, layer in pending.items() if layer.kind == "Linear"}
+        linears = {node: layer for node, layer in pending.items() if layer.kind == "Linear" and self.method == "gptq"}
+        # First of all what has no inputs to weigh, embeddings: the linears then see what they give once rounded.
+        for node, layer in pending.items():
+            if node not in linears:
+                _round(gm, layer, Nearest(), None)
+        if linears:
             _Sequential(gm, ctx, GPTQ(damping=self.damping, act_order=self.act_order), linears).run()
-        for layer in [layer for layer in pending.values() if layer.weight.op == "get_attr"]:
-            _round(gm, layer, Nearest(), None)
         return len(pending)
+
+
+def _tokens(first: Tensor) -> int:
+    """Tokens in a batch, from its first input: ids `[batch, length]`, or vectors along the last axis."""
+    return int((first.shape[:-1] if first.is_floating_point() else first.shape[:2]).numel())
 
 
 def _round(gm: GraphModule, layer: Layer, rounding: Rounding, gram: Tensor | None) -> None:

@@ -1,10 +1,12 @@
 """Fixtures shared by all tests."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.checkpoint import write_checkpoint
 from tests.families import Family, load
 
 torch.set_num_threads(1)
@@ -14,3 +16,9 @@ torch.set_num_threads(1)
 def families() -> Callable[..., Family]:
     """A captured model by the name of its family: captured once, every `graph()` a copy of its own."""
     return load
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random Llama, `tiny-llama/`, and texts for it, `calibration.txt` and `test.txt`. Write nothing into it."""
+    return write_checkpoint(tmp_path_factory.mktemp("fixtures"))

@@ -77,5 +77,5 @@ class OnnxQdq:
 
 
 def _has_vnni() -> bool:
-    capabilities: dict[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    capabilities: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(capabilities.get(name, False) for name in ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import onnx_ir as onir
-import onnx_ir.passes.common as common
+from onnx_ir.passes import common
 from onnxscript import optimizer, rewriter
 
 from backends.onnx_qdq.legalize import Lowered, key

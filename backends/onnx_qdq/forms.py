@@ -1,7 +1,7 @@
 """The table of verified forms: which pair of encodings becomes which ONNX nodes, and what ONNX Runtime must make of them.
 
-A quantized operator is fast only if ONNX Runtime fuses it, and when it does not it says nothing. Each form therefore names the operator that has
-to run, once per site, in place of the nodes that we write.
+A quantized operator is fast only if ONNX Runtime fuses it, and when it does not it says nothing. Each form therefore names the operator
+that has to run, once per site, in place of the nodes that we write.
 """
 
 from collections.abc import Mapping, Sequence
@@ -89,7 +89,10 @@ def refusal(operator: str, encodings: Mapping[str, Encoding], shape: Sequence[in
     weight, activation = encodings.get("weight"), encodings.get("input")
     if name == "embedding" and activation is not None:
         return "an embedding's input is indices, which are not quantized"
-    reasons = (_weight_refusal(name, weight, shape) if weight is not None else None, _activation_refusal(activation) if activation is not None else None)
+    reasons = (
+        _weight_refusal(name, weight, shape) if weight is not None else None,
+        _activation_refusal(activation) if activation is not None else None,
+    )
     return next((reason for reason in reasons if reason), None)
 
 
@@ -99,7 +102,8 @@ def _weight_refusal(name: str, weight: Encoding, shape: Sequence[int]) -> str | 
     if weight.dynamic:
         return "weights are constants, their scales cannot be dynamic"
     if block_size(weight, shape[-1], ragged=name != "embedding") is None:
-        return f"{weight} over rows of {shape[-1]} fits no block of {LEAST_BLOCK} codes or more; use groups of 32, 64 or 128 that divide the row"
+        reason = f"{weight} over rows of {shape[-1]} fits no block of {LEAST_BLOCK} codes or more"
+        return f"{reason}; use groups of 32, 64 or 128 that divide the row"
     return None
 
 
@@ -114,7 +118,7 @@ def _activation_refusal(activation: Encoding) -> str | None:
 
 
 def block_size(weight: Encoding, size: int, *, ragged: bool = True) -> int | None:
-    """The block in which a row of `size` codes is stored: a power of two of which the encoding's block is a multiple; None if there is none.
+    """The block in which a row of `size` codes is stored: a power of two that divides the encoding's block; None if there is none.
 
     Args:
         weight: the weight's encoding; scales that span more than a block are repeated.

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 import backends.onnx_qdq.operators  # noqa: F401 (registers the operators)
@@ -157,8 +156,8 @@ def _static(gm: GraphModule, site: QuantizedSite, activation: Activation) -> tup
 
 def _write_gathered(gm: GraphModule, site: QuantizedSite, form: Form, options: Options) -> tuple[int, Node]:
     block = _block(site, ragged=False)
-    rows, columns = site.weight.codes.shape
-    bits = stored_width(form, site.weight.encoding, 4, block)
+    columns = site.weight.codes.shape[1]
+    bits = stored_width(form, site.weight.encoding, 4, block)  # a gather packs along the row, so any number of rows will do
     operands = _attach(gm, site, layout.gathered(site.weight, bits, block))
     return bits, _insert(site, SITE.gather.default, [site.node.args[1], *operands, columns, bits, block])
 
@@ -188,11 +187,7 @@ def _cast(gm: GraphModule, dtype: torch.dtype) -> None:
         if node.op == "get_attr":
             tensor = attribute(gm, node)
             if tensor.dtype in HALVES:
-                store(gm, str(node.target), _shared_cast(tensor, dtype))
+                store(gm, str(node.target), tensor.to(dtype))
         elif node.op == "call_function":
-            node.args = torch.fx.node.map_aggregate(node.args, lambda v: dtype if v in HALVES else v)  # type: ignore[arg-type, operator]
-            node.kwargs = torch.fx.node.map_aggregate(node.kwargs, lambda v: dtype if v in HALVES else v)  # type: ignore[arg-type, operator]
-
-
-def _shared_cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype)
+            node.args = torch.fx.node.map_aggregate(node.args, lambda v: dtype if v in HALVES else v)
+            node.kwargs = torch.fx.node.map_aggregate(node.kwargs, lambda v: dtype if v in HALVES else v)

@@ -36,13 +36,14 @@ def lower(backend: "OnnxQdq", gm: GraphModule, probe: Sequence[Tensor], notes: l
     """See `OnnxQdq.lower`."""
     signature: Signature = gm.meta["signature"]
     dtype = getattr(torch, backend.dtype)
+    folder = tempfile.TemporaryDirectory(prefix="fxpress-onnx-")
     model, sites = export(gm, Options(dtype, backend.signed_weights), backend.opset, notes, probe)
+    path = write(model, Path(folder.name))
+    del model  # before sessions open the file: its packed weights are a copy
     entries = session_entries(backend.accuracy_level)
     properties = properties_of(signature, entries, gm.meta.get("config"))
     with torch.no_grad():
         oracle = list(gm(*probe))
-    folder = tempfile.TemporaryDirectory(prefix="fxpress-onnx-")
-    path = write(model, Path(folder.name))
     exact = _prove(path, backend, sites, probe, oracle)
     report, session = _measure(path, backend, sites, probe, oracle, notes)
     properties["report"] = {**report, "probe_difference_exact": exact}
@@ -50,9 +51,7 @@ def lower(backend: "OnnxQdq", gm: GraphModule, probe: Sequence[Tensor], notes: l
     return OnnxExecutable(path, session, properties, folder)
 
 
-def export(
-    gm: GraphModule, options: Options, opset: int, notes: list[str], probe: Sequence[Tensor]
-) -> tuple[onir.Model, list[Lowered]]:
+def export(gm: GraphModule, options: Options, opset: int, notes: list[str], probe: Sequence[Tensor]) -> tuple[onir.Model, list[Lowered]]:
     """The finished ONNX model of a graph in memory, its parameters shared with `gm` where they need no conversion."""
     legal, sites = legalize(gm, options, notes)
     example = gm.meta.get("example") or probe
@@ -97,7 +96,9 @@ def _measure(
 def _note_speed(backend: "OnnxQdq", sites: Sequence[Lowered], notes: list[str]) -> None:
     slow = sum(site.form.fused == "MatMulNBits" and site.bits != 4 for site in sites)
     if slow and backend.accuracy_level != 4:
-        notes.append(f"{slow} sites with 2- or 8-bit blocked weights have fast kernels at accuracy_level=4 only; here they are slower than float32")
+        notes.append(
+            f"{slow} sites with 2- or 8-bit blocked weights have fast kernels at accuracy_level=4 only; here they are slower than float32"
+        )
 
 
 def _site(site: Lowered) -> dict[str, Any]:

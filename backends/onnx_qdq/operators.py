@@ -1,15 +1,18 @@
 """Operators that stand for a whole quantized site between legalization and export. They have shapes but no bodies.
 
-    fxpress_onnx::blocked(x, codes, scale, zero_point?, bias?, rows, bits, block)           x [.., K] -> [.., rows]
-    fxpress_onnx::integer(x, codes, scale, zero_point?, bias?, step?, offset?, low, high)   x [.., K] -> [.., N]
-    fxpress_onnx::gather(ids, codes, scale, zero_point?, columns, bits, block)              ids [..]  -> [.., columns]
+fxpress_onnx::blocked(x, codes, scale, zero_point?, bias?, rows, bits, block)           x [.., K] -> [.., rows]
+fxpress_onnx::integer(x, codes, scale, zero_point?, bias?, step?, offset?, low, high)   x [.., K] -> [.., N]
+fxpress_onnx::gather(ids, codes, scale, zero_point?, columns, bits, block)              ids [..]  -> [.., columns]
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 torch.library.define(
-    "fxpress_onnx::blocked", "(Tensor x, Tensor codes, Tensor scale, Tensor? zero_point, Tensor? bias, int rows, int bits, int block) -> Tensor"
+    "fxpress_onnx::blocked",
+    "(Tensor x, Tensor codes, Tensor scale, Tensor? zero_point, Tensor? bias, int rows, int bits, int block) -> Tensor",
 )
 torch.library.define(
     "fxpress_onnx::integer",
@@ -20,14 +23,12 @@ torch.library.define(
 )
 
 
-@torch.library.register_fake("fxpress_onnx::blocked")
 def _blocked(
     x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, rows: int, bits: int, block: int
 ) -> Tensor:
     return x.new_empty([*x.shape[:-1], rows])
 
 
-@torch.library.register_fake("fxpress_onnx::integer")
 def _integer(
     x: Tensor,
     codes: Tensor,
@@ -42,6 +43,10 @@ def _integer(
     return x.new_empty([*x.shape[:-1], codes.shape[1]])
 
 
-@torch.library.register_fake("fxpress_onnx::gather")
 def _gather(ids: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, columns: int, bits: int, block: int) -> Tensor:
     return scale.new_empty([*ids.shape, columns])
+
+
+_FAKES: dict[str, Callable[..., Tensor]] = {"blocked": _blocked, "integer": _integer, "gather": _gather}
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"fxpress_onnx::{_name}", _fake)

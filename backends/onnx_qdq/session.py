@@ -18,7 +18,7 @@ LEVEL_KEY = "session.qdq_matmulnbits_accuracy_level"
 EXACT_LEVEL = 1
 
 TOLERANCES = (
-    # least bits of an activation, greatest ‖ours − oracle‖ / ‖oracle‖: a rounding that falls on the other side moves an output by a step
+    # least bits of an activation, greatest ‖ours − oracle‖ / ‖oracle‖: a rounding that falls on the other side moves outputs by a step
     (16, 1e-3),
     (8, 5e-2),
     (0, 0.5),
@@ -29,7 +29,7 @@ TOLERANCE_OF_HALF_ORACLES = 5e-2  # the oracle itself rounds to 8 or 11 bits
 def session_entries(accuracy_level: int) -> dict[str, str]:
     """Settings that every session of our models needs.
 
-    Processors without VNNI multiply unsigned by signed bytes with a saturating instruction; `x64quantprecision` selects exact kernels there.
+    Without VNNI, x86 multiplies unsigned by signed bytes with a saturating instruction; `x64quantprecision` selects exact kernels.
     """
     return {LEVEL_KEY: str(accuracy_level), "session.x64quantprecision": "1"}
 

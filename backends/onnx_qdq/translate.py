@@ -7,8 +7,8 @@ from typing import Any
 import onnx
 import onnx_ir as onir
 import torch
-from onnxscript import values
 from onnxscript import opset23 as op
+from onnxscript import values
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -50,7 +50,8 @@ def to_onnx(gm: GraphModule, example: Sequence[Tensor], opset: int) -> onir.Mode
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     shapes = [
-        {axis: torch.export.Dim.AUTO for axis, size in enumerate(node.meta["val"].shape) if not isinstance(size, int)} for node in placeholders
+        {axis: torch.export.Dim.AUTO for axis, size in enumerate(node.meta["val"].shape) if not isinstance(size, int)}
+        for node in placeholders
     ]
     _EXPORTER_LOG.setLevel(logging.ERROR)
     table = {target: row for target, row in TRANSLATIONS.items() if opset >= _SINCE.get(target, 0)}
@@ -97,7 +98,7 @@ def _blocked(x: Any, codes: Any, scale: Any, zero_point: Any, bias: Any, rows: i
 
 
 def _integer(x: Any, codes: Any, scale: Any, zero_point: Any, bias: Any, step: Any, offset: Any, low: int, high: int) -> Any:
-    """s · (Q(x / s) · DQ(codes)), which ONNX Runtime fuses to MatMulIntegerToFloat. Activation codes are stored unsigned, shifted by 128."""
+    """s · (Q(x / s) · DQ(codes)), fused to MatMulIntegerToFloat. Activation codes are stored unsigned, shifted by 128."""
     shift = 0 if low == 0 else 128
     wide = high - low == 255
     weight = op.DequantizeLinear(codes, scale, zero_point, axis=1)

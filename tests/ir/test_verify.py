@@ -180,7 +180,14 @@ def test_every_rule_has_a_broken_graph():
     assert {rule.name for rule in RULES} == {rule for rule, *_ in BROKEN}
 
 
-@pytest.mark.parametrize("encoding, scale, zero_point, codes", [("i4[1,4]", (6, 2), None, torch.int8), ("u4[1,-1]", (6, 1), (6, 1), torch.uint8), ("f8e4m3[-1]", (1, 1), None, torch.float8_e4m3fn)])  # fmt: skip
+QUANTIZED = [
+    ("i4[1,4]", (6, 2), None, torch.int8),
+    ("u4[1,-1]", (6, 1), (6, 1), torch.uint8),
+    ("f8e4m3[-1]", (1, 1), None, torch.float8_e4m3fn),
+]
+
+
+@pytest.mark.parametrize(("encoding", "scale", "zero_point", "codes"), QUANTIZED)
 def test_accepts_quantized_weights(encoding, scale, zero_point, codes):
     verify(quantized(encoding, scale, zero_point, codes))
 

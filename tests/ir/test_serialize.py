@@ -1,0 +1,88 @@
+import json
+
+import pytest
+import torch
+
+from ir import edit, numerics
+from ir.encoding import Encoding
+from ir.errors import DataError
+from ir.serialize import GRAPH_FILE, WEIGHTS_FILE, load_graph, save_graph
+from ir.sites import layers
+from ir.weights import SCALE_DTYPE, set_codes
+
+
+def quantized(gm, text):
+    for layer in layers(gm):
+        if layer.kind == "Linear":
+            encoding, weight = Encoding.parse(text), edit.attribute(gm, layer.weight)
+            qparams = numerics.choose_qparams(weight, encoding, SCALE_DTYPE)
+            set_codes(gm, layer, encoding, numerics.quantize(weight, qparams, encoding), qparams)
+    edit.clean(gm)
+    return gm
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "gemma3", "gpt2", "bert"])
+def test_a_loaded_graph_computes_the_same_bits(families, name, tmp_path):
+    gm = families(name).graph()
+    save_graph(gm, tmp_path)
+    example = gm.meta["example"]
+    with torch.no_grad():
+        for mine, loaded in zip(gm(*example), load_graph(tmp_path)(*example), strict=True):
+            assert torch.equal(mine, loaded)
+
+
+@pytest.mark.parametrize("text", ["u4[1,16]", "i3[1,-1]", "i1[1,-1]", "i8[1,-1]"])
+def test_codes_are_packed_and_come_back(families, text, tmp_path):
+    gm = quantized(families("llama").graph(), text)
+    save_graph(gm, tmp_path)
+    example = gm.meta["example"]
+    with torch.no_grad():
+        assert torch.equal(gm(*example)[0], load_graph(tmp_path)(*example)[0])
+
+
+def test_fewer_bits_take_fewer_bytes(families, tmp_path):
+    sizes = []
+    for text in ("i8[1,-1]", "i4[1,-1]", "i2[1,-1]"):
+        folder = tmp_path / text
+        folder.mkdir()
+        save_graph(quantized(families("llama").graph(), text), folder)
+        sizes.append((folder / WEIGHTS_FILE).stat().st_size)
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
+def test_shared_weights_are_stored_once(families, tmp_path):
+    gm = families("llama_tied").graph()
+    save_graph(gm, tmp_path)
+    stored = sum(p.nbytes for p in {p.data_ptr(): p for p in [*gm.parameters(), *gm.buffers()]}.values())
+    assert (tmp_path / WEIGHTS_FILE).stat().st_size < stored * 1.2
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["os:system", "builtins:eval", "torch:load", "operator:methodcaller.x", "prims.add.default", "aten.add", "aten.nothing.default", "posix:system"],
+)
+def test_targets_outside_the_lists_are_refused(families, target, tmp_path):
+    save_graph(families("gpt2").graph(), tmp_path)
+    data = json.loads((tmp_path / GRAPH_FILE).read_text())
+    call = next(node for node in data["nodes"] if node["op"] == "call_function")
+    call["target"] = target
+    (tmp_path / GRAPH_FILE).write_text(json.dumps(data))
+    with pytest.raises(DataError):
+        load_graph(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-40], lambda text: "[]", lambda text: text.replace('"node"', '"n"'), lambda text: ""])
+def test_damaged_graphs_are_refused(families, damage, tmp_path):
+    save_graph(families("gpt2").graph(), tmp_path)
+    path = tmp_path / GRAPH_FILE
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(DataError):
+        load_graph(tmp_path)
+
+
+def test_truncated_weights_are_refused(families, tmp_path):
+    save_graph(families("gpt2").graph(), tmp_path)
+    path = tmp_path / WEIGHTS_FILE
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError):
+        load_graph(tmp_path)

@@ -1,0 +1,126 @@
+"""Laws by effect, over every registered pass: a pass is tested the moment it is registered."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from ir.capture import capture
+from ir.text import graph_text
+from ir.verify import verify
+from passes import registry
+from passes.base import Effect
+from passes.pipeline import Pipeline, relative_error
+from tests.families import VOCABULARY, build, load
+from tests.passes.samples import CALIBRATION, context, run, same_weights, weights
+
+FAMILIES = ("llama_tied", "gpt2", "gemma2")
+
+# What has to run before a pass; passes not named here run on the canonical graph.
+BEFORE = {"fold_norm": "untie", "round_weights": "untie, annotate('W4A16')", "quantize": "untie, annotate"}
+BEFORE = {name: text.replace("('W4A16')", "(scheme='W4A16', group=32)") for name, text in BEFORE.items()}
+# Options to test beside the defaults, with what has to run before where that differs.
+OPTIONS = [
+    ("annotate(scheme='W4A16', group=32, symmetric=False, head=True, embeddings=True)", ""),
+    ("annotate(dynamic=False, ignore=('re:.*\\\\.0\\\\..*',))", ""),
+    ("observe(gram=True)", ""),
+    ("round_weights(method='nearest')", "annotate(scheme='W3A16', group=32, symmetric=False, embeddings=True, head=True)"),
+    ("round_weights(act_order=True)", "annotate(scheme='W2A16', group=32, symmetric=False)"),
+    ("quantize(quantile=0.99)", "annotate(dynamic=False), observe"),
+    ("quantize", "annotate(scheme='W4A4')"),
+]
+CASES = [(name, BEFORE.get(name, "")) for name in registry.passes()] + OPTIONS
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case[0])
+def case(request):
+    text, before = request.param
+    (step,) = Pipeline.parse(text)
+    return step, before
+
+
+def prepared(family, before, dtype=torch.float32):
+    gm = load(family).graph()
+    if dtype != torch.float32:
+        gm = capture(build(family, dtype))
+    ctx = context(gm, CALIBRATION)
+    run(gm, "canonicalize" + (f", {before}" if before else ""), ctx=ctx)
+    return gm, ctx
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_keeps_the_promise_of_its_effect(case, family):
+    step, before = case
+    gm, ctx = prepared(family, before)
+    text, marked, kept, outputs = graph_text(gm, annotations=False), graph_text(gm), weights(gm), load(family).steps(gm)
+    (record,), _ = run(gm, step, ctx=ctx)
+    verify(gm)
+    found = load(family).steps(gm)
+    if step.effect in {Effect.OBSERVE, Effect.ANNOTATE}:
+        assert graph_text(gm, annotations=False) == text
+        assert all(kept[name] is tensor for name, tensor in weights(gm).items())
+        assert (graph_text(gm) == marked) == (step.effect is Effect.OBSERVE)
+        assert record.difference is None
+    elif step.effect is Effect.PRESERVE:
+        assert all(relative_error((a,), (b,)) <= 1e-4 for a, b in zip(found, outputs, strict=True))
+        (again,), _ = run(gm, step, ctx=ctx)
+        assert again.sites == 0
+    assert all(torch.isfinite(output).all() for output in found)
+
+
+@pytest.mark.parametrize("family", FAMILIES[:2])
+def test_a_pass_does_the_same_twice(case, family):
+    step, before = case
+    graphs = []
+    for _ in range(2):
+        gm, ctx = prepared(family, before)
+        run(gm, step, ctx=ctx)
+        graphs.append(gm)
+    assert graph_text(graphs[0]) == graph_text(graphs[1])
+    assert same_weights(*graphs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_passes_that_keep_the_function_keep_it_in_float64(family):
+    gm = capture(build(family, torch.float64))
+    tokens = {"input_ids": torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))}
+    ctx = context(gm)
+    signature = gm.meta["signature"]
+    with torch.no_grad():
+        before = gm(*signature.bind(**tokens))
+        for name, kind in registry.passes().items():
+            if kind.effect is Effect.PRESERVE:
+                run(gm, Pipeline.parse(f"untie, {name}"), ctx=ctx)
+                assert relative_error(gm(*signature.bind(**tokens)), before) <= 1e-9, name
+
+
+def test_the_callers_model_stays_bit_identical():
+    import passes
+
+    model = build("llama_tied").train()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = {name: id(parameter) for name, parameter in model.named_parameters()}
+    model.model.layers[0].mlp.eval()
+    training = [module.training for module in model.modules()]
+    attributes = [Counter(vars(module)) for module in model.modules()]
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    for pipeline in ("canonicalize, untie, fold_norm, w4a16(head=True, embeddings=True)", "w8a8(dynamic=False)"):
+        passes.compile(model, pipeline, CALIBRATION)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == ids
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert [module.training for module in model.modules()] == training
+    assert [Counter(vars(module)) for module in model.modules()] == attributes
+    assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()] == hooks
+
+
+def test_a_pass_prints_as_text_that_parses_to_itself(case):
+    step, _ = case
+    assert Pipeline.parse(str(step)) == Pipeline((step,))
+
+
+@pytest.mark.parametrize("kind", registry.passes().values(), ids=registry.passes())
+def test_a_pass_states_effect_and_docstring(kind):
+    assert isinstance(kind.effect, Effect)
+    assert (kind.__doc__ or "").partition("\n")[0].endswith(".")
+    assert kind.name() == kind.name().lower()

@@ -18,7 +18,8 @@ from passes import registry
 from passes.base import Context, Effect, Pass, Record
 from passes.support import refuse_unsupported
 
-# Greatest relative error of the outputs that rounding may cause in a pass that keeps the function, by dtype of the outputs.
+# Greatest relative error of the outputs that rounding may cause in a pass that keeps the function, by the narrowest dtype computed in:
+# a float64 Llama computes its norms in float32.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 LONGEST = 1 << 16  # characters of pipeline text
 CALLERS = (CoverageError, DataError, OptionError)  # what the caller can mend keeps its kind
@@ -108,6 +109,7 @@ def _failure(step: Pass, records: list[Record], error: Exception) -> FxpressErro
 def _run_one(step: Pass, gm: GraphModule, ctx: Context, before: tuple[Tensor, ...]) -> tuple[Record, tuple[Tensor, ...]]:
     step.requires(gm, ctx)
     text = graph_text(gm, annotations=step.effect is Effect.OBSERVE) if step.effect in {Effect.OBSERVE, Effect.ANNOTATE} else ""
+    limit = _rounding(gm)
     skipped = len(ctx.skipped)
     started = time.perf_counter()
     sites = step.run(gm, ctx)
@@ -124,12 +126,16 @@ def _run_one(step: Pass, gm: GraphModule, ctx: Context, before: tuple[Tensor, ..
         ctx.statistics = None
     after = model_outputs(gm, ctx.probe) if sites else before
     difference = relative_error(after, before)
-    limit = max((ROUNDING.get(output.dtype, 0.0) for output in before), default=0.0)
     if step.effect is Effect.PRESERVE and not difference <= limit:
         raise PassError(f"{step.name()} declares the effect PRESERVE but changed the outputs by {difference:.2g} (allowed {limit:g})")
     if not all(torch.isfinite(output).all() for output in after if output.is_floating_point()):
         raise PassError(f"the outputs are not finite after {step}", remedy="a wider encoding, or more calibration data")
     return Record(str(step), step.effect, sites, seconds, difference, tuple(ctx.skipped[skipped:])), after
+
+
+def _rounding(gm: GraphModule) -> float:
+    computed = (node.meta.get("val") for node in gm.graph.nodes if node.op == "call_function")
+    return max((ROUNDING.get(fake.dtype, 0.0) for fake in computed if isinstance(fake, Tensor)), default=0.0)
 
 
 def model_outputs(gm: GraphModule, probe: Sequence[Tensor]) -> tuple[Tensor, ...]:

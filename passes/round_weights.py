@@ -40,6 +40,8 @@ class RoundWeights(Pass):
         method: "gptq" or "nearest".
         damping: share of the mean of diag(G) that is added to it.
         act_order: round columns in the order of falling diag(G).
+        search: choose scales by a search over clipping ratios, weighted by the inverse of G; else they cover the extremes.
+        sweeps: of exact coordinate descent on codes and group scales after GPTQ.
 
     Raises:
         DataError: GPTQ without calibration data, or with fewer than 128 tokens.
@@ -48,6 +50,8 @@ class RoundWeights(Pass):
     method: str = "gptq"
     damping: float = GPTQ.damping
     act_order: bool = GPTQ.act_order
+    search: bool = GPTQ.search
+    sweeps: int = GPTQ.sweeps
     effect: ClassVar[Effect] = Effect.CHANGE
 
     def __post_init__(self) -> None:
@@ -79,7 +83,8 @@ class RoundWeights(Pass):
             if node not in linears:
                 _round(gm, layer, Nearest(), None)
         if linears:
-            _Sequential(gm, ctx, GPTQ(damping=self.damping, act_order=self.act_order), linears).run()
+            rounding = GPTQ(damping=self.damping, act_order=self.act_order, search=self.search, sweeps=self.sweeps)
+            _Sequential(gm, ctx, rounding, linears).run()
         return len(pending)
 
 

@@ -28,7 +28,7 @@ def write_checkpoint(folder: Path) -> Path:
     tokenizer = train_tokenizer(calibration, 320)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)

@@ -2,7 +2,8 @@
 
     python tools/bench_onnx_forms.py [--hidden 1024] [--layers 2] [--rounds 15]
 
-Runs are interleaved and the ratios of the medians of processor time (which other programs disturb less) printed: one thread, decode (one token, 128 cached) and prefill (128 tokens).
+Runs are interleaved and the ratios of the medians of processor time (which other programs disturb less)
+printed: one thread, decode (one token, 128 cached) and prefill (128 tokens).
 `error` is the relative difference of the prefill's logits from those of the float32 model.
 """
 
@@ -40,6 +41,7 @@ SCHEMES = {
     "W8A16 per channel": Annotate("W8A16", head=True),
     "W2A16 g64": Annotate("W2A16", group=64, head=True),
     "W8A8": Annotate("W8A8", head=True),
+    "W4A8 per channel": Annotate("W4A8", head=True),
     "W4A8 g128": Annotate("W4A8", group=128, head=True),
 }
 

@@ -2,8 +2,8 @@
 
     python tools/train_model.py TEXT... --out fixtures/tiny-llama --minutes 60
 
-A byte-level BPE tokenizer is trained on the text, then a Llama on its tokens: Muon for the matrices, AdamW for the embedding and the
-norms, one linear decay to zero. Deterministic in `--seed` up to the number of threads. The result is an ordinary Hugging Face folder in bfloat16.
+A byte-level BPE tokenizer is trained on the text, then a Llama on its tokens: Muon for the matrices, AdamW for the
+embedding and the norms, one linear decay to zero. The result is an ordinary Hugging Face folder in bfloat16.
 """
 
 import argparse
@@ -29,11 +29,13 @@ DETOKENIZE = (
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by Newton and Schulz's iteration, for matrices (Jordan et al., 2024), in float32: torch's own runs in bfloat16,
-    which is many times slower on processors without it."""
+    """Momentum orthogonalised by Newton and Schulz's iteration, for matrices (Jordan et al., 2024), in float32.
+
+    torch's own runs in bfloat16, which is many times slower on processors without it.
+    """
 
     def __init__(self, parameters, lr: float, momentum: float = 0.95, decay: float = 0.05):
-        super().__init__(parameters, dict(lr=lr, momentum=momentum, decay=decay))
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
     def step(self):

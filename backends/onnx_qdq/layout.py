@@ -8,6 +8,8 @@ from torch import Tensor
 from ir import numerics
 from ir.encoding import Encoding
 
+SAFE_BITS = 7  # of weights whose products no kernel saturates
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -65,8 +67,14 @@ def _unsigned(codes: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[Tens
 
 
 def integer(weight: Weight, signed: bool) -> Stored:
-    """Eight-bit codes [K, N] with scales [N], signed or shifted by 128."""
-    shift = {(True, False): 128, (False, True): -128}.get((weight.encoding.symmetric, signed), 0)
+    """Eight-bit codes [K, N] with scales [N], signed or shifted to be unsigned.
+
+    Kernels without VNNI add two products of an unsigned and a signed byte in 16 bits. Weights of up to 7 bits, centred on zero, cannot
+    overflow there, 2 · 255 · 64 < 2¹⁵, so they are always signed: these kernels are the fastest.
+    """
+    signed = signed or weight.encoding.bits <= SAFE_BITS
+    middle = 2 ** (weight.encoding.bits - 1)
+    shift = {(True, False): 128, (False, True): -middle}.get((weight.encoding.symmetric, signed), 0)
     dtype = torch.int8 if signed else torch.uint8
     rows = weight.codes.shape[0]
     codes = (weight.codes.T.to(torch.int16) + shift).to(dtype).contiguous()

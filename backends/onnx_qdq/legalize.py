@@ -10,9 +10,10 @@ from torch.fx import Graph, GraphModule, Node
 import backends.onnx_qdq.operators  # noqa: F401 (registers the operators)
 from backends.onnx_qdq import layout
 from backends.onnx_qdq.forms import BLOCKED, EMULATED, GATHERED, INTEGER, Form, block_size, form_of, refusal, stored_width
-from backends.onnx_qdq.layout import Stored, Weight
+from backends.onnx_qdq.layout import SAFE_BITS, Stored, Weight
 from backends.onnx_qdq.sites import FXPRESS, Activation, QuantizedSite, is_call, quantized_sites, weight_name, weight_of
 from ir.edit import add_attribute, attribute, clean, replace, store
+from ir.encoding import Encoding
 from ir.errors import BackendError
 from ir.numerics import code_range
 
@@ -44,6 +45,11 @@ class Lowered:
     activation: str
     bits: int
     shape: tuple[int, int]
+
+    @property
+    def saturates(self) -> bool:
+        """Whether signed codes of the weight can overflow in kernels without VNNI."""
+        return self.form is INTEGER and Encoding.parse(self.weight).bits > SAFE_BITS
 
 
 def key(name: str, part: str) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +40,13 @@ def lower(backend: "OnnxQdq", gm: GraphModule, probe: Sequence[Tensor], notes: l
     model, sites = export(gm, Options(dtype, backend.signed_weights), backend.opset, notes, probe)
     path = write(model, Path(folder.name))
     del model  # before sessions open the file: its packed weights are a copy
-    entries = session_entries(backend.accuracy_level)
+    saturating = backend.signed_weights and any(site.saturates for site in sites)
+    entries = session_entries(backend.accuracy_level, saturating)
     properties = properties_of(signature, entries, gm.meta.get("config"))
     with torch.no_grad():
         oracle = list(gm(*probe))
-    exact = _prove(path, backend, sites, probe, oracle)
-    report, session = _measure(path, backend, sites, probe, oracle, notes)
+    exact = _prove(path, session_entries(EXACT_LEVEL, saturating), backend, sites, probe, oracle)
+    report, session = _measure(path, entries, backend, sites, probe, oracle, notes)
     properties["report"] = {**report, "probe_difference_exact": exact}
     _annotate(path, properties)
     return OnnxExecutable(path, session, properties, folder)
@@ -60,9 +61,11 @@ def export(gm: GraphModule, options: Options, opset: int, notes: list[str], prob
     return model, sites
 
 
-def _prove(path: Path, backend: "OnnxQdq", sites: Sequence[Lowered], probe: Sequence[Tensor], oracle: Sequence[Tensor]) -> float:
+def _prove(
+    path: Path, entries: Mapping[str, str], backend: "OnnxQdq", sites: Sequence[Lowered], probe: Sequence[Tensor], oracle: Sequence[Tensor]
+) -> float:
     """Compare with the oracle in a session without further rounding."""
-    session = open_session(path, session_entries(EXACT_LEVEL), threads=backend.threads)
+    session = open_session(path, entries, threads=backend.threads)
     found = difference(run_flat(session, probe), oracle)
     floats = [y.dtype for y in oracle if y.is_floating_point()]
     allowed = tolerance([site.activation for site in sites], min(floats, key=lambda dtype: dtype.itemsize, default=torch.float32))
@@ -75,10 +78,15 @@ def _prove(path: Path, backend: "OnnxQdq", sites: Sequence[Lowered], probe: Sequ
 
 
 def _measure(
-    path: Path, backend: "OnnxQdq", sites: Sequence[Lowered], probe: Sequence[Tensor], oracle: Sequence[Tensor], notes: list[str]
+    path: Path,
+    entries: Mapping[str, str],
+    backend: "OnnxQdq",
+    sites: Sequence[Lowered],
+    probe: Sequence[Tensor],
+    oracle: Sequence[Tensor],
+    notes: list[str],
 ) -> tuple[dict[str, Any], Any]:
     """Open the session that users get, check what it runs, and describe it."""
-    entries = session_entries(backend.accuracy_level)
     profiled = open_session(path, entries, threads=backend.threads, profile=path.with_name("profile"))
     outputs = run_flat(profiled, probe)
     executed = end_profile(profiled)

@@ -26,12 +26,15 @@ TOLERANCES = (
 TOLERANCE_OF_HALF_ORACLES = 5e-2  # the oracle itself rounds to 8 or 11 bits
 
 
-def session_entries(accuracy_level: int) -> dict[str, str]:
-    """Settings that every session of our models needs.
+def session_entries(accuracy_level: int, saturating: bool = False) -> dict[str, str]:
+    """Settings that every session of a model needs.
 
-    Without VNNI, x86 multiplies unsigned by signed bytes with a saturating instruction; `x64quantprecision` selects exact kernels.
+    Args:
+        accuracy_level: of blocked weights.
+        saturating: whether the model holds signed 8-bit weights, whose products x86 without VNNI adds with saturation;
+            `x64quantprecision` lets ONNX Runtime replace them by unsigned ones there.
     """
-    return {LEVEL_KEY: str(accuracy_level), "session.x64quantprecision": "1"}
+    return {LEVEL_KEY: str(accuracy_level)} | ({"session.x64quantprecision": "1"} if saturating else {})
 
 
 def open_session(path: Path, entries: Mapping[str, str], *, threads: int, profile: Path | None = None) -> onnxruntime.InferenceSession:

@@ -117,7 +117,10 @@ def _integer(x: Any, codes: Any, scale: Any, zero_point: Any, bias: Any, step: A
 
 
 def _token_step(x: Any, greatest: float) -> Any:
-    """max|x| / greatest over the last axis, kept away from zero."""
+    """max|x| / greatest over the last axis, kept away from zero.
+
+    The order of operations is the reference's: the greatest |x| lies on a tie, max|x| / s = 127.5, and any other order rounds it differently.
+    """
     last = op.Constant(value=onir.tensor([-1], dtype=onir.DataType.INT64))
     return op.Max(op.Div(op.ReduceMax(op.Abs(x), last), _float(greatest)), _float(TINY))
 

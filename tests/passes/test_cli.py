@@ -100,13 +100,6 @@ def test_a_recipe_replays_the_same_model(run: Run, compiled: tuple[Path, str], m
     assert (tmp_path / "again/weights.safetensors").read_bytes() == (compiled[0] / "weights.safetensors").read_bytes()
 
 
-def test_a_recipe_refuses_other_calibration_data(
-    run: Run, compiled: tuple[Path, str], model: Path, checkpoint: Path, tmp_path: Path
-) -> None:
-    recipe, text = compiled[0] / "recipe.yaml", checkpoint / "test.txt"
-    refused(run("compile", model, "--recipe", recipe, "--calibration", text, "--out", tmp_path / "again", *SMALL), "other calibration data")
-
-
 def test_compile_to_onnx_and_generate_what_the_oracle_says(run: Run, model: Path, tmp_path: Path) -> None:
     for backend in ("reference", "onnx"):
         result = run("compile", model, "--pipeline", "w8a16", "--backend", backend, "--out", tmp_path / backend)
@@ -161,7 +154,7 @@ def test_passes_lists_every_pass_and_preset(run: Run) -> None:
 def test_inspect_shows_groups_blocks_and_coverage(run: Run, model: Path) -> None:
     result = run("inspect", model, "--pipeline", "w4a16(group=32, ignore=['down_proj'])", "--graph")
     assert result.exit_code == 0, result.output
-    for words in ("q_proj, k_proj, v_proj", "6 blocks", "weights as u4[1,32]", "ignored by the recipe", "aten.rms_norm"):
+    for words in ("q_proj, k_proj, v_proj", "4 blocks", "weights as u4[1,32]", "ignored by the recipe", "aten.rms_norm"):
         assert words in result.stdout
 
 
@@ -169,12 +162,6 @@ def test_inspect_says_what_a_backend_cannot_run(run: Run, model: Path) -> None:
     result = run("inspect", model, "--pipeline", "w4a16(group=8)", "--backend", "onnx")
     assert result.exit_code == 0, result.output
     assert "weights as" not in result.stdout
-
-
-def test_inspect_without_a_recipe_covers_nothing(run: Run, model: Path) -> None:
-    result = run("inspect", model)
-    assert result.exit_code == 0
-    assert "not annotated" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -220,7 +207,7 @@ def test_models_that_cannot_be_loaded(run: Run, compiled: tuple[Path, str], mode
 
 def test_missing_weights_are_not_made_up(run: Run, model: Path, tmp_path: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(model)
-    config.num_hidden_layers = 3
+    config.num_hidden_layers = 2
     loaded = transformers.LlamaForCausalLM.from_pretrained(model)
     loaded.save_pretrained(tmp_path / "model")
     config.save_pretrained(tmp_path / "model")
@@ -228,16 +215,11 @@ def test_missing_weights_are_not_made_up(run: Run, model: Path, tmp_path: Path) 
 
 
 def test_a_failed_gate_fails_the_command(run: Run, model: Path, tmp_path: Path) -> None:
-    result = run("compile", model, "--pipeline", "w4a16(group=48, rounding='nearest')", "--out", tmp_path / "out")
+    result = run("compile", model, "--pipeline", "w4a16(group=8, rounding='nearest')", "--out", tmp_path / "out")
     assert result.exit_code == 1
+    assert "the onnx backend cannot run model.layers.0.self_attn.q_proj as annotated" in result.stderr
     assert "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
-
-
-def test_calibration_that_is_needed_is_asked_for(run: Run, model: Path, tmp_path: Path) -> None:
-    result = run("compile", model, "--pipeline", "w4a16", "--out", tmp_path / "out", "--backend", "reference")
-    assert result.exit_code == 1
-    assert "needs calibration data" in result.stderr
 
 
 def test_the_class_is_the_one_that_the_configuration_names() -> None:

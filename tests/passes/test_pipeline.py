@@ -36,7 +36,9 @@ anything = st.one_of(
         ignore=st.lists(names, max_size=3),
         head=st.booleans(),
     ),
-    st.builds(RoundWeights, method=st.sampled_from(["gptq", "nearest"]), damping=st.floats(0, 1, exclude_max=True), act_order=st.booleans()),
+    st.builds(
+        RoundWeights, method=st.sampled_from(["gptq", "nearest"]), damping=st.floats(0, 1, exclude_max=True), act_order=st.booleans()
+    ),
     st.builds(Quantize, quantile=st.floats(0, 1, exclude_min=True)),
 )
 
@@ -81,7 +83,7 @@ HOSTILE = [
     "untie(**{})",
     "untie(*())",
     "annotate(scheme=__import__('pathlib').Path('{flag}').touch())",
-    "annotate(scheme=f'{{open(\"{flag}\", \"w\")}}')",
+    'annotate(scheme=f\'{{open("{flag}", "w")}}\')',
     "annotate(scheme=(x := 'W8A8'))",
     "annotate(scheme=lambda: 0)",
     "annotate(group=[x for x in (1,)])",

@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+import passes
+from ir import edit
+from ir.errors import OptionError
+from passes import presets, registry
+from passes.pipeline import Pipeline, relative_error
+from passes.presets import PRESETS
+from tests.families import FAMILIES, LAYERS, load
+from tests.passes.samples import CALIBRATION, compiled
+
+VARIANTS = [
+    *PRESETS,
+    "w8a8(dynamic=False)",
+    "w8a8(dynamic=False, quantile=0.999)",
+    "w8a8(rounding='gptq')",
+    "w4a16(group=-1, symmetric=True, rounding='nearest')",
+    "w4a16(head=True, embeddings=True)",
+    "w4a16(ignore=['down_proj'])",
+]
+
+
+@pytest.mark.parametrize("text", VARIANTS)
+def test_a_preset_is_a_pipeline_that_prints_as_one(text):
+    pipeline = Pipeline.parse(text)
+    assert Pipeline.parse(str(pipeline)) == pipeline
+    assert str(pipeline).startswith("canonicalize, untie, annotate(")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_covers_every_linear_but_the_head(name):
+    made = compiled("llama", name)
+    weights = sum(module.weight.numel() for path, module in load("llama").model.named_modules() if path.endswith("_proj"))
+    assert made.report().coverage.elements == weights
+    assert {skip.path for skip in made.report().skipped} == {"lm_head", "model.embed_tokens"}
+    assert 0 < made.report().difference < (1 if name in {"w2a16", "w4a4"} else 0.5)
+
+
+@pytest.mark.parametrize("text", [text for text in VARIANTS if "(" in text])
+def test_options_of_presets_run(text):
+    coverage = compiled("llama_tied", text).report().coverage
+    assert coverage.elements > 0
+    assert torch.isfinite(torch.tensor(compiled("llama_tied", text).report().difference))
+
+
+def test_ready_made_presets_are_spread_into_pipelines():
+    assert (presets.W4A16, presets.W8A8) == (registry.presets()["w4a16"](), registry.presets()["w8a8"]())
+    assert [step.name() for step in presets.W8A16] == ["canonicalize", "untie", "annotate", "round_weights"]
+    assert Pipeline.of([passes.Pipeline.parse("fold_norm"), *presets.W4A16]).passes[1:] == presets.W4A16.passes
+
+
+def test_one_name_is_not_a_list_of_letters():
+    with pytest.raises(OptionError, match="list of strings"):
+        presets.w4a16(ignore="lm_head")
+
+
+def as_initialized(family, dtype=torch.float32):
+    """The captured graph with matrices of the size that `transformers` initialises them with: `build` makes them four times as large."""
+    gm = load(family, dtype).graph()
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if (tensor := edit.attribute(gm, node)).ndim > 1:
+            edit.set_attribute(gm, node, tensor / 4)
+    return gm
+
+
+@pytest.mark.parametrize(("family", "dtype"), [*((name, torch.float32) for name in FAMILIES), ("llama", torch.bfloat16)])
+def test_w8a16_stays_within_one_percent(family, dtype):
+    gm = as_initialized(family, dtype)
+    made = passes.compile(gm, "w8a16")
+    before, after = load(family, dtype).steps(gm), load(family, dtype).steps(made.graph)
+    assert made.report().coverage.elements > LAYERS * 64 * 64
+    assert all(relative_error((a,), (b,)) < 0.01 for a, b in zip(after, before, strict=True))
+
+
+def test_calibrated_presets_refuse_to_run_without_data():
+    for text in ("w4a16", "w8a8(dynamic=False)"):
+        with pytest.raises(passes.FxpressError, match="needs calibration data"):
+            passes.compile(load("llama").captured, text)
+    assert CALIBRATION

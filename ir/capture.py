@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
@@ -46,7 +46,7 @@ def capture(model: nn.Module, args: Sequence[Any] | None = None, kwargs: Mapping
         DataError: a plain module without example inputs.
     """
     if isinstance(model, GraphModule) and "signature" in model.meta:
-        return _copy(model)
+        return edit.copied(model)
     given = bool(args) or bool(kwargs)
     with _evaluation(model), torch.no_grad():
         if isinstance(model, transformers.PreTrainedModel):
@@ -58,17 +58,6 @@ def capture(model: nn.Module, args: Sequence[Any] | None = None, kwargs: Mapping
                 remedy="pass args=(...) or kwargs={...} with sizes of at least 2",
             )
         return _capture_module(model, tuple(args or ()), dict(kwargs or {}))
-
-
-def _copy(gm: GraphModule) -> GraphModule:
-    """A graph of its own, without hooks, over the same parameters."""
-    graph = torch.fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    copied = GraphModule(gm, graph)
-    for old, new in zip(gm.graph.nodes, graph.nodes, strict=True):
-        new.meta = dict(old.meta)
-    copied.meta.update(gm.meta)
-    return copied
 
 
 @contextlib.contextmanager
@@ -219,8 +208,8 @@ def _flat(
     gm = program.module(check_guards=False)
     assert isinstance(gm, GraphModule)
     gm.graph.set_codegen(CodeGen())
-    gm = _copy(gm)
-    _merge_attributes(gm)
+    gm = edit.copied(gm)
+    edit.merge_attributes(gm)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     (returned,) = gm.graph.output_node().args
     if len(placeholders) != len(inputs) or not isinstance(returned, tuple | list) or len(returned) != len(outputs):
@@ -234,14 +223,6 @@ def _flat(
     edit.settle_sizes(gm)
     gm.recompile()
     return gm
-
-
-def _merge_attributes(gm: GraphModule) -> None:
-    """One get_attr node for each name, before all calls."""
-    first: dict[str, Node] = {}
-    for node in list(gm.graph.nodes):
-        if node.op == "get_attr" and first.setdefault(str(node.target), node) is not node:
-            edit.replace(node, first[str(node.target)])
 
 
 def _port(name: str, fake: Tensor) -> Port:

@@ -189,6 +189,28 @@ def _settled(size: Any) -> Any:
     return size if number is None else number
 
 
+def copied(gm: GraphModule) -> GraphModule:
+    """A graph of its own, without hooks, over the same tensors."""
+    graph = Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    copy = GraphModule(gm, graph)
+    for old, new in zip(gm.graph.nodes, graph.nodes, strict=True):
+        new.meta = dict(old.meta)
+    copy.meta.update(gm.meta)
+    return copy
+
+
+def merge_attributes(gm: GraphModule) -> None:
+    """Let one get_attr node stand for each stored tensor: nodes of one name, or of names that share memory (tied weights)."""
+    first: dict[tuple[object, ...], Node] = {}
+    for node in list(gm.graph.nodes):
+        if node.op == "get_attr":
+            tensor = attribute(gm, node)
+            shared = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (node.target,)
+            if first.setdefault(shared, node) is not node:
+                replace(node, first[shared])
+
+
 def drop(gm: GraphModule, node: Node) -> None:
     """Erase a get_attr node that nobody reads any more, and release its tensor: in normal form no other node reads that name."""
     if not node.users:

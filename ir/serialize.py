@@ -69,7 +69,7 @@ def load_graph(directory: Path) -> GraphModule:
         gm = GraphModule(torch.nn.Module(), Graph())
         with safe_open(directory / WEIGHTS_FILE, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118 (not a mapping)
-                tensor = stored.get_tensor(name)
+                tensor = stored.get_tensor(name).clone()  # aligned as torch aligns memory, which decides the last bit of products
                 if name in data["packed"]:
                     text, shape = data["packed"][name]
                     tensor = numerics.unpack(tensor, Encoding.parse(text), shape[-1])
@@ -77,11 +77,13 @@ def load_graph(directory: Path) -> GraphModule:
         for name, owner in data["shared"].items():
             edit.store(gm, name, _tensor(gm, owner))
         made: dict[str, Node] = {}
+        if [entry["op"] for entry in data["nodes"]].index("output") != len(data["nodes"]) - 1:
+            raise DataError("a graph ends in its output", where=str(directory))
         for entry in data["nodes"]:
             made[entry["name"]] = _read_node(gm.graph, entry, made)
         gm.graph.lint()
         gm.recompile()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, SafetensorError) as error:
         raise DataError(f"a damaged graph: {error}", where=str(directory)) from error
     return gm
 

@@ -162,6 +162,6 @@ def load(directory: str | Path) -> Compiled:
         if manifest["format"] != FORMAT:
             raise DataError(f"the folder has format {manifest['format']}, this version reads {FORMAT}", where=str(directory))
         backend, signature = str(manifest["backend"]), Signature.from_json(manifest["signature"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"not a folder that fxpress saved: {error}", where=str(directory), remedy=f"it has a {MANIFEST}") from error
     return Compiled(registry.backend(backend).load(directory), signature, backend)

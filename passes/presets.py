@@ -12,7 +12,6 @@ from passes.observe import Observe
 from passes.pipeline import Pipeline
 from passes.quantize import Quantize
 from passes.round_weights import RoundWeights
-from passes.untie import Untie
 
 
 def weight_only(
@@ -38,7 +37,7 @@ def weight_only(
     marks = Annotate(
         f"W{bits}A16", group=group, symmetric=symmetric, ignore=cast("tuple[str, ...]", ignore), head=head, embeddings=embeddings
     )
-    return Pipeline((Canonicalize(), Untie(), marks, RoundWeights(rounding)))
+    return Pipeline((Canonicalize(), marks, RoundWeights(rounding)))
 
 
 def both(
@@ -66,7 +65,7 @@ def both(
         raise OptionError("quantile clips static ranges", where="quantile", remedy="set dynamic=False too")
     # Statistics come after the weights are rounded, so that they describe the model that will run.
     observed = () if dynamic else (Observe(),)
-    return Pipeline((Canonicalize(), Untie(), marks, RoundWeights(rounding), *observed, Quantize(quantile)))
+    return Pipeline((Canonicalize(), marks, RoundWeights(rounding), *observed, Quantize(quantile)))
 
 
 w8a16 = partial(weight_only, 8, group=32, symmetric=True, rounding="nearest")

@@ -57,7 +57,10 @@ def coverage(gm: GraphModule, skipped: Iterable[Skip]) -> Coverage:
         elements += codes.numel()
         bits += used
         parts |= {str(operand.target) for operand in node.all_input_nodes}
-    why = {str(layer.weight.target): reasons.get(layer.path, "not annotated") for layer in layers(gm) if layer.weight.op == "get_attr"}
+    why: dict[str, str] = {}
+    for layer in layers(gm):
+        if layer.weight.op == "get_attr":
+            why.setdefault(str(layer.weight.target), reasons.get(layer.path, "not annotated"))  # a shared weight goes by its first reader
     left: dict[str, int] = {}
     seen: set[int] = set()
     for node in gm.graph.nodes:

@@ -8,6 +8,7 @@ medians over rounds, ratios are medians of ratios within a round.
 """
 
 import argparse
+import functools
 import platform
 import statistics
 import tempfile
@@ -37,8 +38,8 @@ PIPELINES = {
 PEERS = {
     "ours W4A16 g{group}": "ORT MatMulNBitsQuantizer g{group}",
     "ours W4A16 g{group} asymmetric": "ORT MatMulNBitsQuantizer g{group}",
-    "ours W8A8 per token": "ORT quantize_dynamic",
-    "ours W8A8 static": "ORT quantize_dynamic",
+    "ours W8A8 per token": "ORT quantize_dynamic, unsigned weights",
+    "ours W8A8 static": "ORT quantize_dynamic, unsigned weights",
 }
 
 
@@ -83,16 +84,31 @@ def prepare(options: argparse.Namespace, folder: Path) -> tuple[dict[str, ort.In
         sessions[label] = OnnxQdq(threads=options.threads).load(out).session
         sizes[label] = sum(file.stat().st_size for file in out.glob("model.onnx*"))
         print(f"prepared {label}", flush=True)
-    plain = folder / "fp32" / "model.onnx"
-    peers = {f"ORT MatMulNBitsQuantizer g{options.group}": nbits, "ORT quantize_dynamic": dynamic}
+    plain = folded(folder / "fp32" / "model.onnx")
+    peers = {
+        f"ORT MatMulNBitsQuantizer g{options.group}": nbits,
+        "ORT quantize_dynamic, unsigned weights": functools.partial(dynamic, kind=QuantType.QUInt8),
+        "ORT quantize_dynamic, signed weights": functools.partial(dynamic, kind=QuantType.QInt8),
+    }
     for label, make in peers.items():
-        out = folder / label.replace(" ", "_") / "model.onnx"
+        out = folder / label.replace(" ", "_").replace(",", "") / "model.onnx"
         out.parent.mkdir()
         make(plain, out, options.group)
         sessions[label] = open_peer(out, options.threads)
         sizes[label] = sum(file.stat().st_size for file in out.parent.iterdir())
         print(f"prepared {label}", flush=True)
     return sessions, sizes
+
+
+def folded(source: Path) -> Path:
+    """The fp32 model with its transposes of weights folded, in which the peers find the weights."""
+    settings = ort.SessionOptions()
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    settings.optimized_model_filepath = str(source.with_name("folded.onnx"))
+    settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", "folded.onnx.data")
+    settings.log_severity_level = 3
+    ort.InferenceSession(str(source), settings, providers=["CPUExecutionProvider"])
+    return source.with_name("folded.onnx")
 
 
 def nbits(source: Path, target: Path, group: int) -> None:
@@ -103,9 +119,9 @@ def nbits(source: Path, target: Path, group: int) -> None:
     quantizer.model.save_model_to_file(str(target), use_external_data_format=True)
 
 
-def dynamic(source: Path, target: Path, group: int) -> None:
+def dynamic(source: Path, target: Path, group: int, kind: QuantType) -> None:
     quantize_dynamic(
-        source, target, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8, use_external_data_format=True,
+        source, target, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=kind, use_external_data_format=True,
         nodes_to_exclude=head(source), extra_options={"MatMulConstBOnly": True},
     )  # fmt: skip
 

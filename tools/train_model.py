@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CONTEXT = 256
 DETOKENIZE = (
@@ -94,6 +94,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="length of the training; the learning rate decays over it")
     parser.add_argument("--vocabulary", type=int, default=3072)
     parser.add_argument("--batch", type=int, default=8, help=f"windows of {CONTEXT} tokens a step")
+    parser.add_argument("--start", type=Path, help="a folder that an earlier run wrote, to go on from")
+    parser.add_argument("--rate", type=float, default=1.0, help="factor on the learning rates")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -101,11 +103,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
 
     text = "\n\n".join(read(path) for path in options.text)
-    tokenizer = train_tokenizer(text, options.vocabulary)
+    start = options.start
+    tokenizer = AutoTokenizer.from_pretrained(start) if start else train_tokenizer(text, options.vocabulary)
     ids = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
     held = ids[-64 * CONTEXT :].reshape(64, CONTEXT)
     ids = ids[: -64 * CONTEXT]
-    model = build(len(tokenizer))
+    model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32) if start else build(len(tokenizer))
     print(f"{len(ids):,} tokens, {model.num_parameters():,} parameters", flush=True)
 
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
@@ -114,7 +117,7 @@ def main() -> None:
         Muon(matrices, lr=0.015),
         torch.optim.AdamW(others, lr=4e-3, weight_decay=0.01, betas=(0.9, 0.98)),
     ]
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    rates = [options.rate * optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     started, step = time.monotonic(), 0
     while (done := (time.monotonic() - started) / (60 * options.minutes)) < 1:
         starts = torch.randint(len(ids) - CONTEXT - 1, (options.batch, 1))

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 import backends.onnx_qdq.operators  # noqa: F401 (registers the operators)
 from backends.onnx_qdq import layout
 from backends.onnx_qdq.forms import BLOCKED, EMULATED, GATHERED, INTEGER, Form, block_size, form_of, refusal, stored_width
 from backends.onnx_qdq.layout import SAFE_BITS, Stored, Weight
 from backends.onnx_qdq.sites import FXPRESS, Activation, QuantizedSite, is_call, quantized_sites, weight_name, weight_of
-from ir.edit import add_attribute, attribute, clean, replace, store
+from ir.edit import add_attribute, attribute, clean, copied, merge_attributes, replace, store
 from ir.encoding import Encoding
 from ir.errors import BackendError
 from ir.numerics import code_range
@@ -63,22 +63,14 @@ def legalize(gm: GraphModule, options: Options, notes: list[str]) -> tuple[Graph
     Raises:
         BackendError: a site has no form.
     """
-    copy = _copied(gm)
+    copy = copied(gm)
+    merge_attributes(copy)
     lowered = [_lower_site(copy, site, options, notes) for site in list(quantized_sites(copy))]
     clean(copy)
     _fold_weights(copy, notes)
     _cast(copy, options.dtype)
     clean(copy)
     return copy, lowered
-
-
-def _copied(gm: GraphModule) -> GraphModule:
-    graph = Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    copy = GraphModule(gm, graph)
-    for old, new in zip(gm.graph.nodes, graph.nodes, strict=True):
-        new.meta = dict(old.meta)
-    return copy
 
 
 def _lower_site(gm: GraphModule, site: QuantizedSite, options: Options, notes: list[str]) -> Lowered:

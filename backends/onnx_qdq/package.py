@@ -63,6 +63,11 @@ class OnnxExecutable:
             outputs = run_flat(self._session, inputs)
         return tuple(y.to(port.torch_dtype) for y, port in zip(outputs, self.signature.outputs, strict=True))
 
+    @property
+    def session(self) -> onnxruntime.InferenceSession:
+        """The session that runs the model."""
+        return self._session
+
     def report(self) -> dict[str, Any]:
         """Form and storage per site, operators that run, difference from the oracle on the probe, bytes on disk."""
         files = [self._path.with_name(name) for name in (MODEL, WEIGHTS)]

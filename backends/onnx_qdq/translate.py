@@ -94,7 +94,12 @@ def _with_bias(y: Any, bias: Any) -> Any:
 def _blocked(x: Any, codes: Any, scale: Any, zero_point: Any, bias: Any, rows: int, bits: int, block: int) -> Any:
     """x · DQ(codes [K, N]) along axis 0, which ONNX Runtime fuses to MatMulNBits."""
     operands = [codes, scale] if zero_point is None else [codes, scale, zero_point]
-    return _with_bias(op.MatMul(x, op.DequantizeLinear(*operands, axis=0, block_size=block)), bias)
+    weight = op.DequantizeLinear(*operands, axis=0, block_size=block)
+    if bias is None or len(x.shape) != 2:
+        return _with_bias(op.MatMul(x, weight), bias)
+    # A matrix times a matrix plus a bias becomes Gemm, with a Relu after it FusedGemm, which takes the place of MatMulNBits.
+    first = op.Constant(value=onir.tensor([0], dtype=onir.DataType.INT64))
+    return op.Squeeze(op.Add(op.MatMul(op.Unsqueeze(x, first), weight), bias), first)
 
 
 def _integer(x: Any, codes: Any, scale: Any, zero_point: Any, bias: Any, step: Any, offset: Any, low: int, high: int) -> Any:
@@ -119,7 +124,7 @@ def _integer(x: Any, codes: Any, scale: Any, zero_point: Any, bias: Any, step: A
 def _token_step(x: Any, greatest: float) -> Any:
     """max|x| / greatest over the last axis, kept away from zero.
 
-    The order of operations is the reference's: the greatest |x| lies on a tie, max|x| / s = 127.5, and any other order rounds it differently.
+    The order of operations is the reference's: the greatest |x| lies on a tie, max|x| / s = 127.5, which other orders round differently.
     """
     last = op.Constant(value=onir.tensor([-1], dtype=onir.DataType.INT64))
     return op.Max(op.Div(op.ReduceMax(op.Abs(x), last), _float(greatest)), _float(TINY))

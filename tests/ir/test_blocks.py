@@ -34,7 +34,7 @@ def test_running_block_by_block_is_running_the_graph(families, name):
     outside, cut = blocks(gm)
     inputs = gm.meta["example"]
     given = bind(gm, inputs)
-    outer = evaluate(gm, outside, given, [node for node in outside])
+    outer = evaluate(gm, outside, given, list(outside))
     stream: dict = {}
     for block in cut[:-1]:
         assert set(block.entry) <= set(stream)

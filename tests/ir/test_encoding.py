@@ -29,7 +29,9 @@ def test_text_forms(encoding, text):
     assert str(encoding) == text
 
 
-@pytest.mark.parametrize("text", ["", "i4", "i9[1]", "i0[1]", "u1[-1]", "i4[]", "i4[0]", "i4[-2]", "i4[1,]", "f8e4m2[1]", "i4[1] ", "x4[1]", "i4[1]dyn"])
+@pytest.mark.parametrize(
+    "text", ["", "i4", "i9[1]", "i0[1]", "u1[-1]", "i4[]", "i4[0]", "i4[-2]", "i4[1,]", "f8e4m2[1]", "i4[1] ", "x4[1]", "i4[1]dyn"]
+)
 def test_malformed_text_is_refused(text):
     with pytest.raises(OptionError):
         Encoding.parse(text)

@@ -59,7 +59,16 @@ def test_shared_weights_are_stored_once(families, tmp_path):
 
 @pytest.mark.parametrize(
     "target",
-    ["os:system", "builtins:eval", "torch:load", "operator:methodcaller.x", "prims.add.default", "aten.add", "aten.nothing.default", "posix:system"],
+    [
+        "os:system",
+        "builtins:eval",
+        "torch:load",
+        "operator:methodcaller.x",
+        "prims.add.default",
+        "aten.add",
+        "aten.nothing.default",
+        "posix:system",
+    ],
 )
 def test_targets_outside_the_lists_are_refused(families, target, tmp_path):
     save_graph(families("gpt2").graph(), tmp_path)
@@ -71,7 +80,9 @@ def test_targets_outside_the_lists_are_refused(families, target, tmp_path):
         load_graph(tmp_path)
 
 
-@pytest.mark.parametrize("damage", [lambda text: text[:-40], lambda text: "[]", lambda text: text.replace('"node"', '"n"'), lambda text: ""])
+@pytest.mark.parametrize(
+    "damage", [lambda text: text[:-40], lambda text: "[]", lambda text: text.replace('"node"', '"n"'), lambda text: ""]
+)
 def test_damaged_graphs_are_refused(families, damage, tmp_path):
     save_graph(families("gpt2").graph(), tmp_path)
     path = tmp_path / GRAPH_FILE

@@ -12,6 +12,7 @@ from backends.onnx_qdq.session import Executed, require_fused
 from ir.canonical import canonicalize
 from ir.errors import BackendError, DataError, OptionError
 from tests.backends.onnx_qdq.conftest import branches, flat_inputs, quantized, relative
+from tests.families import FAMILIES
 
 SHAPES = ((1, 7, 0), (2, 1, 4), (1, 1, 0), (3, 12, 9))  # batch, length, past: a prompt, a step, a first token, a longer one
 
@@ -22,9 +23,10 @@ def normal_form(families, name, dtype=torch.float32):
     return gm
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "gemma2", "gpt2", "bert"])
-def test_one_graph_serves_every_batch_length_and_past(families, name):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_graph_serves_every_batch_length_and_past_in_8_bits(families, name):
     gm = normal_form(families, name)
+    quantized(gm, {"Linear": ("i8[1,32]", None)})
     executable = OnnxQdq(accuracy_level=1, threads=1).lower(gm, flat_inputs(gm, 2, 4, 3), [])
     for batch, length, past in SHAPES:
         inputs = flat_inputs(gm, batch, length, past)

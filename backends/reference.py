@@ -38,7 +38,7 @@ class ReferenceExecutable:
 class Reference:
     """Supports every encoding."""
 
-    name: str = "reference"
+    name = "reference"
 
     def supports(self, operator: str, encodings: Mapping[str, Encoding], shape: Sequence[int]) -> str | None:
         """Everything is supported."""

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ir.statistics import Statistics
+from passes.calls import call_text
 from passes.progress import Progress
 
 if TYPE_CHECKING:
@@ -85,8 +86,11 @@ class Pass:
 
     effect: ClassVar[Effect]
 
+    def needs(self, ctx: Context) -> None:
+        """Raise an `FxpressError` if the compile was not given what the pass needs; called for every pass before the first one runs."""
+
     def requires(self, gm: GraphModule, ctx: Context) -> None:
-        """Raise an `FxpressError` if the pass cannot run on this graph; called before any pass's long work where possible."""
+        """Raise an `FxpressError` if the pass cannot run on this graph; called just before it runs."""
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Change `gm` in place and return the number of sites changed."""
@@ -98,8 +102,7 @@ class Pass:
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
 
     def __str__(self) -> str:
-        changed = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
-        return self.name() + (f"({', '.join(f'{name}={value!r}' for name, value in changed)})" if changed else "")
+        return call_text(self.name(), self)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ def flat_batches(gm: GraphModule, calibration: Iterable[Any] | None) -> list[lis
         return []
     signature: Signature = gm.meta["signature"]
     batches = []
+    if not isinstance(calibration, Iterable):
+        raise DataError(f"calibration is a list of batches, not {type(calibration).__name__}", remedy="pass calibration=[batch, ...]")
     for index, batch in enumerate(calibration):
         try:
             batches.append(_flat(signature, batch))

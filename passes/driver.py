@@ -18,6 +18,7 @@ from passes import registry
 from passes.backend import Backend
 from passes.base import Context, Pass
 from passes.calibration import flat_batches
+from passes.calls import call_text
 from passes.compiled import Compiled
 from passes.pipeline import Pipeline, relative_error
 from passes.pipeline import model_outputs as outputs_of
@@ -92,7 +93,9 @@ def compile(
         peak_bytes=_peak_bytes(),
         target=executable.report(),
     )
-    made = Recipe(pipeline=str(steps), backend=target.name, seed=seed, versions=versions(), weights=marks[0], calibration=marks[1])
+    made = Recipe(
+        pipeline=str(steps), backend=call_text(target.name, target), seed=seed, versions=versions(), weights=marks[0], calibration=marks[1]
+    )
     return Compiled(executable, gm.meta["signature"], target.name, gm, report, made, tokenizer or _own_folder(gm))
 
 

@@ -31,7 +31,7 @@ class Observe(Pass):
     file: str = ""
     effect: ClassVar[Effect] = Effect.OBSERVE
 
-    def requires(self, gm: GraphModule, ctx: Context) -> None:
+    def needs(self, ctx: Context) -> None:
         """Calibration data, or a file of statistics."""
         if not ctx.calibration and not (self.file and Path(self.file).exists()):
             raise DataError("observe needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")

@@ -1,6 +1,5 @@
 """`Pipeline`: a pass made of passes, with a text form both ways; it owns the contract that every pass is run under."""
 
-import ast
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,18 +15,18 @@ from ir.text import graph_text
 from ir.verify import verify
 from passes import registry
 from passes.base import Context, Effect, Pass, Record
+from passes.calls import parse_calls
 from passes.support import refuse_unsupported
 
 # Greatest relative error of the outputs that rounding may cause in a pass that keeps the function, by the narrowest dtype computed in:
 # a float64 Llama computes its norms in float32.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-LONGEST = 1 << 16  # characters of pipeline text
 CALLERS = (CoverageError, DataError, OptionError)  # what the caller can mend keeps its kind
 
 
 @dataclass(frozen=True)
 class Pipeline(Pass):
-    """Run passes in order, each under its contract: requires → run → clean → verify → check of its effect → record.
+    """Run passes in order, each under its contract: needs (all, first) → requires → run → clean → verify → check of its effect → record.
 
     Text form: the passes' own, separated by commas. `Pipeline.parse` reads it back; it takes names and calls with literal keyword arguments
     and evaluates nothing.
@@ -56,17 +55,7 @@ class Pipeline(Pass):
         Raises:
             OptionError: malformed text, an unknown name or option, a value that is not a literal.
         """
-        if len(text) > LONGEST:
-            raise OptionError(f"pipeline text has at most {LONGEST} characters, not {len(text)}", where=text[:200])
-        try:
-            tree = ast.parse(f"[{text}\n]", mode="eval").body
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise OptionError(
-                "malformed pipeline text", where=text[:200], remedy='write for example "untie, fold_norm, quantize"'
-            ) from error
-        if not isinstance(tree, ast.List):
-            raise OptionError("malformed pipeline text", where=text[:200])
-        return cls.of([_item(item, text) for item in tree.elts])
+        return cls.of([registry.build(name, options, where=text[:200]) for name, options in parse_calls(text)])
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.passes))
@@ -86,6 +75,11 @@ class Pipeline(Pass):
             CoverageError, DataError, OptionError: a pass cannot run on what the caller gave.
             All name the pass and what ran before it, with the cause chained.
         """
+        for step in self.passes:
+            try:
+                step.needs(ctx)
+            except FxpressError as error:
+                raise _failure(step, [], error) from error
         records: list[Record] = []
         before = model_outputs(gm, ctx.probe)
         for index, step in enumerate(self.passes):
@@ -153,23 +147,3 @@ def relative_error(outputs: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -
     """The greatest `‖y − y₀‖ / ‖y₀‖` over floating-point outputs, in float64."""
     pairs = [(a.double(), b.double()) for a, b in zip(outputs, reference, strict=True) if a.is_floating_point()]
     return max((float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs), default=0.0)
-
-
-def _item(tree: ast.expr, text: str) -> Pass:
-    """One pass from its syntax: a name, or a call of a name with literal keyword arguments."""
-    call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
-    if not isinstance(call.func, ast.Name):
-        raise OptionError(
-            f"{ast.unparse(tree)[:80]!r} is not a pass", where=text[:200], remedy="write a name, or a call with literal options"
-        )
-    if call.args or any(keyword.arg is None for keyword in call.keywords):
-        raise OptionError(f"options of {call.func.id} are given by name", where=text[:200], remedy=f"write {call.func.id}(option=value)")
-    if len({keyword.arg for keyword in call.keywords}) < len(call.keywords):
-        raise OptionError(f"an option of {call.func.id} is given twice", where=text[:200])
-    options = {}
-    for keyword in call.keywords:
-        try:
-            options[str(keyword.arg)] = ast.literal_eval(keyword.value)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise OptionError(f"{call.func.id}({keyword.arg}=...) is not a literal", where=text[:200]) from error
-    return registry.build(call.func.id, options, where=text[:200])

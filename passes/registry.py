@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ir.errors import OptionError
 from passes.base import Pass
+from passes.calls import parse_calls
 
 if TYPE_CHECKING:
     from passes.backend import Backend
@@ -68,14 +69,23 @@ def _fits(value: object, default: object) -> bool:
     return accepted is None or (isinstance(value, accepted) and (not isinstance(value, bool) or bool in accepted))
 
 
-def backend(name: str) -> "Backend":
-    """The backend registered under `name` in the entry-point group `fxpress.backends`, with its default options.
+def backend(text: str) -> "Backend":
+    """The backend of the entry-point group `fxpress.backends` that `text` states: its name, or a call, `onnx(accuracy_level=1)`.
 
     Raises:
-        OptionError: no such backend.
+        OptionError: no such backend or option.
     """
+    calls = parse_calls(text)
+    if len(calls) != 1:
+        raise OptionError(f"{text!r} is not one backend", remedy="write for example onnx, or onnx(accuracy_level=1)")
+    ((name, options),) = calls
     points: dict[str, EntryPoint] = {point.name: point for point in entry_points(group="fxpress.backends")}
     if name not in points:
         raise OptionError(f"there is no backend {name!r}", remedy=f"there are {sorted(points)}")
-    made: Backend = points[name].load()()
+    maker = points[name].load()
+    try:
+        made: Backend = maker(**options)
+    except TypeError as error:
+        known = ", ".join(map(str, inspect.signature(maker).parameters.values()))
+        raise OptionError(f"{name}: {error}", where="backend", remedy=f"its options are {known}") from error
     return made

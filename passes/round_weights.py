@@ -62,7 +62,7 @@ class RoundWeights(Pass):
         if not 0 <= self.damping < 1:
             raise OptionError(f"damping is a share from 0 up to 1, not {self.damping}", where="round_weights(damping=...)")
 
-    def requires(self, gm: GraphModule, ctx: Context) -> None:
+    def needs(self, ctx: Context) -> None:
         """Enough calibration data, for GPTQ."""
         if self.method != "gptq":
             return

@@ -12,10 +12,11 @@ from ir.errors import CoverageError, DataError, FxpressError, GraphError, Option
 from ir.match import aten, find
 from passes.annotate import SCHEMES, Annotate
 from passes.base import Context, Effect, Pass
+from passes.calls import LONGEST
 from passes.canonicalize import Canonicalize
 from passes.fold_norm import FoldNorm
 from passes.observe import Observe
-from passes.pipeline import LONGEST, Pipeline, relative_error
+from passes.pipeline import Pipeline, relative_error
 from passes.presets import PRESETS
 from passes.quantize import Quantize
 from passes.round_weights import RoundWeights

@@ -14,7 +14,7 @@ from ir.encoding import Encoding, Float
 from ir.errors import DataError, OptionError
 from ir.numerics import QParams
 
-SCALE_DTYPE = torch.float16
+SCALE_DTYPE = torch.float16  # scales of weights are stored, and counted, in 16 bits
 RATIOS = tuple(1 - 0.025 * i for i in range(25))  # clipping ratios that are tried, 1 to 0.4; two bits use the least of them
 _BLOCK = 128  # columns of a descent between two updates of the rest of their group
 
@@ -177,16 +177,6 @@ def search_qparams(W: Tensor, encoding: Encoding, importance: Tensor) -> QParams
         zero_point = None if z is None or z_tried is None else torch.where(better, z_tried, z)
         best = QParams(torch.where(better, tried.scale, best.scale), zero_point)
     return best
-
-
-def propagate_error(W: Tensor, gram: Tensor, cross: Tensor, strength: float = 1.0, damping: float = 0.01) -> Tensor:
-    """The weight to round to make up for the compressed prefix's error (QEP, 2504.09629): `W + α W δᵀX̂ (H + λI)⁻¹`, `δ = X − X̂`.
-
-    `gram` is `H = X̂ᵀX̂ [K, K]`, `X̂` from the compressed prefix; `cross` is `XᵀX̂ [K, K]`, `X` from the uncompressed model, the same tokens.
-    """
-    H, _ = _factored(gram, damping)
-    correction: Tensor = torch.linalg.solve(H, (W.double() @ (cross - gram).double()).T).T
-    return W + strength * correction.to(W.dtype)
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """Stored weights: where codes, scales and zero points live in a graph."""
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -9,8 +8,6 @@ from ir.encoding import Encoding
 from ir.numerics import QParams
 from ir.ops import DEQUANTIZE
 from ir.sites import Layer
-
-SCALE_DTYPE = torch.float16  # scales of weights are stored, and counted, in 16 bits
 
 
 def set_codes(gm: GraphModule, layer: Layer, encoding: Encoding, codes: Tensor, qparams: QParams) -> None:

@@ -6,9 +6,10 @@ import torch
 from ir import edit, numerics
 from ir.encoding import Encoding
 from ir.errors import DataError
+from ir.rounding import SCALE_DTYPE
 from ir.serialize import GRAPH_FILE, WEIGHTS_FILE, load_graph, save_graph
 from ir.sites import layers
-from ir.weights import SCALE_DTYPE, set_codes
+from ir.weights import set_codes
 
 
 def quantized(gm, text):

@@ -10,6 +10,7 @@ from backends.onnx_qdq import OnnxQdq
 from backends.onnx_qdq import lower as lowering
 from backends.onnx_qdq.session import Executed, require_fused
 from ir.canonical import canonicalize
+from ir.capture import capture
 from ir.errors import BackendError, DataError, OptionError
 from tests.backends.onnx_qdq.conftest import branches, flat_inputs, quantized, relative
 from tests.families import FAMILIES
@@ -119,6 +120,16 @@ def test_a_site_that_is_not_fused_is_an_error_with_its_path():
     with pytest.raises(BackendError, match=r"layers\.b"):
         require_fused(expected, executed)
     require_fused({"a.weight": expected["a.weight"]}, executed)
+
+
+def test_an_operator_without_an_onnx_form_is_an_error_that_names_it():
+    class Bessel(torch.nn.Module):
+        def forward(self, x):
+            return torch.special.bessel_j0(x)
+
+    gm = capture(Bessel(), args=(torch.randn(2, 3),))
+    with pytest.raises(BackendError, match="bessel_j0"):
+        OnnxQdq(threads=1).lower(gm, [torch.randn(2, 3)], [])
 
 
 def test_options_and_folders_that_make_no_sense_are_refused(tmp_path):

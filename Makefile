@@ -16,7 +16,7 @@ demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py fixtures/tiny-llama $(OUT)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,14 +1,16 @@
 import pytest
 import torch
+import transformers
 
 import passes
 from ir import edit
+from ir.capture import capture
 from ir.errors import OptionError
 from passes import presets, registry
 from passes.pipeline import Pipeline, relative_error
 from passes.presets import PRESETS
 from tests.families import FAMILIES, LAYERS, load
-from tests.passes.samples import compiled
+from tests.passes.samples import compiled, tokens
 
 VARIANTS = [
     *PRESETS,
@@ -76,6 +78,15 @@ def test_w8a16_is_near_lossless(family, dtype):
     before, after = load(family, dtype).steps(gm), load(family, dtype).steps(made.graph)
     assert made.report().coverage.elements > LAYERS * 64 * 64
     assert all(relative_error((a,), (b,)) < limit for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("family", sorted(POST_NORM))
+def test_w8a16_by_gptq_is_near_lossless_after_post_norms_too(family):
+    torch.manual_seed(0)
+    gm = capture(transformers.AutoModelForCausalLM.from_config(FAMILIES[family]()).eval())
+    made = passes.compile(gm, "w8a16(rounding='gptq', symmetric=False, group=16)", [tokens(8, 64, seed) for seed in range(10, 14)])
+    before, after = load(family).steps(gm), load(family).steps(made.graph)
+    assert all(relative_error((a,), (b,)) < 0.01 for a, b in zip(after, before, strict=True))
 
 
 def test_calibrated_presets_refuse_to_run_without_data():

@@ -218,7 +218,7 @@ def test_the_error_shows_the_neighbourhood_the_module_and_the_source(families):
         verify(gm)
     lines = error.value.where.splitlines()
     assert "module model.layers.0.self_attn.o_proj" in lines[0]
-    assert "linear.py" in lines[0]
+    assert "modeling_llama.py" in lines[0]
     assert [line.strip()[0] for line in lines[1:]] == ["%", "%", "%", ">", "%", "%", "%"]
 
 

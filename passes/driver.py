@@ -20,8 +20,7 @@ from passes.base import Context, Pass
 from passes.calibration import flat_batches
 from passes.calls import call_text
 from passes.compiled import Compiled
-from passes.pipeline import Pipeline, relative_error
-from passes.pipeline import model_outputs as outputs_of
+from passes.pipeline import Pipeline, model_outputs, relative_error
 from passes.progress import Progress
 from passes.recipe import Recipe, calibration_fingerprint, versions, weights_fingerprint
 from passes.report import Report, coverage, left_out
@@ -88,7 +87,7 @@ def compile(
         coverage=coverage(gm, ctx.skipped),
         skipped=left_out(gm, ctx.skipped),
         notes=ctx.notes,
-        difference=relative_error(outputs_of(gm, ctx.probe), original),
+        difference=relative_error(model_outputs(gm, ctx.probe), original),
         seconds=time.perf_counter() - started,
         peak_bytes=_peak_bytes(),
         target=executable.report(),
@@ -121,7 +120,7 @@ def _original(gm: GraphModule, ctx: Context) -> tuple[Tensor, ...]:
     """
     source = "calibration data" if ctx.calibration else "example inputs"
     try:
-        outputs = outputs_of(gm, ctx.probe)
+        outputs = model_outputs(gm, ctx.probe)
     except (IndexError, RuntimeError, ValueError) as error:
         raise DataError(f"the model cannot run on the {source}: {error}", remedy="look for tokens outside of the vocabulary") from error
     if not all(torch.isfinite(output).all() for output in outputs if output.is_floating_point()):

@@ -91,9 +91,9 @@ def _fold(gm: GraphModule, norm: Node, readers: list[Layer]) -> None:
 def _fold_bias(gm: GraphModule, reader: Layer, weight: Tensor, shift: Tensor) -> None:
     moved = weight.double() @ shift
     bias_node = _argument(reader.node, 2)
+    dtype = weight.dtype
     if isinstance(bias_node, Node):
         bias = edit.attribute(gm, bias_node)
-        new = edit.add_attribute(gm, f"{reader.path}.bias", (bias.double() + moved).to(bias.dtype), before=reader.node)
-    else:
-        new = edit.add_attribute(gm, f"{reader.path}.bias", moved.to(weight.dtype), before=reader.node)
+        moved, dtype = bias.double() + moved, bias.dtype
+    new = edit.add_attribute(gm, f"{reader.path}.bias", moved.to(dtype), before=reader.node)
     reader.node.args = (*reader.node.args[:2], new)

@@ -118,9 +118,8 @@ class _Sequential:
                 assert isinstance(source, Node)
                 self._round_readers(outside, block, source, streams)
             if block is not cut[-1]:
-                streams = [
-                    self._advance(outside, block, batch, stream) for batch, stream in zip(self.ctx.calibration, streams, strict=True)
-                ]
+                pairs = zip(self.ctx.calibration, streams, strict=True)
+                streams = [self._values(outside, block, batch, stream, block.exit) for batch, stream in pairs]
 
     def _round_readers(self, outside: list[Node], block: Block, source: Node, streams: Sequence[dict[Node, Any]]) -> None:
         """Round every layer of the block that reads `source`, from one Gram matrix."""
@@ -137,12 +136,10 @@ class _Sequential:
         for layer in [self.pending[node] for node in block.nodes if node in self.pending and node.args[0] is source]:
             _round(self.gm, layer, self.rounding, gram)
 
-    def _advance(self, outside: list[Node], block: Block, batch: list[Tensor], stream: dict[Node, Any]) -> dict[Node, Any]:
-        return self._values(outside, block, batch, stream, block.exit)
-
     def _values(
         self, outside: list[Node], block: Block, batch: list[Tensor], stream: dict[Node, Any], keep: Sequence[Node]
     ) -> dict[Node, Any]:
+        """The values of `keep`, nodes of the block, for one batch and the stream values that enter the block."""
         given = evaluate.bind(self.gm, batch) | stream
         needed = evaluate.ancestors(keep, stop=given)
         nodes = [node for node in outside if node in needed]

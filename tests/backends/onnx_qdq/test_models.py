@@ -12,6 +12,8 @@ from backends.onnx_qdq.session import Executed, require_fused
 from ir.canonical import canonicalize
 from ir.capture import capture
 from ir.errors import BackendError, DataError, OptionError
+from passes.base import Context
+from passes.untie import Untie
 from tests.backends.onnx_qdq.conftest import branches, flat_inputs, quantized, relative
 from tests.families import FAMILIES
 
@@ -87,6 +89,14 @@ def test_names_are_those_of_the_signature_and_of_the_checkpoint(decoder, tmp_pat
     assert config["model"]["decoder"]["num_key_value_heads"] == 2
     assert config["model"]["decoder"]["session_options"]["session.qdq_matmulnbits_accuracy_level"] == "4"
     assert "/work" not in str(model.graph.node)
+
+
+def test_tied_weights_are_stored_once_even_after_untie(families, tmp_path):
+    gm = normal_form(families, "llama_tied")
+    assert Untie().run(gm, Context()) == 1
+    OnnxQdq(threads=1).lower(gm, flat_inputs(gm, 2, 4, 3), []).save(tmp_path)
+    stored = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.initializer
+    assert [sorted(weight.dims) for weight in stored].count([64, 128]) == 1
 
 
 def test_tokens_with_integer_activations_follow_the_oracle_over_a_cache(families):

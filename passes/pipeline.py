@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ir import edit, evaluate
+from ir import edit
 from ir.errors import CoverageError, DataError, FxpressError, OptionError, PassError
 from ir.text import graph_text
 from ir.verify import verify
 from passes import registry
 from passes.base import Context, Effect, Pass, Record
 from passes.calls import parse_calls
+from passes.probe import model_outputs, relative_error
 from passes.support import refuse_unsupported
 
 # Greatest relative error of the outputs that rounding may cause in a pass that keeps the function, by the narrowest dtype computed in:
@@ -130,20 +131,3 @@ def _run_one(step: Pass, gm: GraphModule, ctx: Context, before: tuple[Tensor, ..
 def _rounding(gm: GraphModule) -> float:
     computed = (node.meta.get("val") for node in gm.graph.nodes if node.op == "call_function")
     return max((ROUNDING.get(fake.dtype, 0.0) for fake in computed if isinstance(fake, Tensor)), default=0.0)
-
-
-def model_outputs(gm: GraphModule, probe: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The model's own outputs on the probe. What a cache holds is private: a rotation of values may change it."""
-    if not probe:
-        return ()
-    outputs = evaluate.run(gm, probe)
-    signature = gm.meta.get("signature")
-    if signature is None:
-        return outputs
-    return tuple(value for value, port in zip(outputs, signature.outputs, strict=True) if not port.name.startswith("present."))
-
-
-def relative_error(outputs: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> float:
-    """The greatest `‖y − y₀‖ / ‖y₀‖` over floating-point outputs, in float64."""
-    pairs = [(a.double(), b.double()) for a, b in zip(outputs, reference, strict=True) if a.is_floating_point()]
-    return max((float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs), default=0.0)

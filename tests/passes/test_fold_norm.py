@@ -5,7 +5,7 @@ from torch import nn
 from ir import evaluate
 from ir.capture import capture
 from ir.match import aten, find
-from passes.pipeline import relative_error
+from passes.probe import relative_error
 from tests.families import load
 from tests.passes.samples import CALIBRATION, context, run
 

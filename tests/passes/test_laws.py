@@ -14,7 +14,8 @@ from ir.text import graph_text
 from ir.verify import verify
 from passes import registry
 from passes.base import Effect
-from passes.pipeline import Pipeline, relative_error
+from passes.pipeline import Pipeline
+from passes.probe import relative_error
 from tests.families import build, load
 from tests.passes.samples import CALIBRATION, context, run, same_weights, tokens, weights
 

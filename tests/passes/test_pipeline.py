@@ -16,7 +16,8 @@ from passes.calls import LONGEST
 from passes.canonicalize import Canonicalize
 from passes.fold_norm import FoldNorm
 from passes.observe import Observe
-from passes.pipeline import Pipeline, relative_error
+from passes.pipeline import Pipeline
+from passes.probe import relative_error
 from passes.presets import PRESETS
 from passes.quantize import Quantize
 from passes.round_weights import RoundWeights

@@ -22,7 +22,7 @@ from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 from ir import edit
 from ir.canonical import drop_checks
 from ir.errors import CaptureError, DataError
-from ir.signature import CACHE, CACHE_PARTS, Port, Signature
+from ir.signature import CACHE, CACHE_PARTS, PRESENT, Port, Signature
 
 BATCH, LENGTH, PAST = 2, 3, 5  # sizes of the traced example; sizes of 0 and 1 would be specialised
 
@@ -156,7 +156,7 @@ def _capture_pretrained(model: transformers.PreTrainedModel, inputs: Inputs) -> 
             outputs[int(v)] = field
         else:
             for i, leaf in enumerate(pytree.tree_leaves(v)):
-                outputs[int(leaf)] = f"present.{i // 2}.{CACHE_PARTS[i % 2]}" if field == CACHE else f"{field}.{i}"
+                outputs[int(leaf)] = f"{PRESENT}.{i // 2}.{CACHE_PARTS[i % 2]}" if field == CACHE else f"{field}.{i}"
     gm = _flat(program, names, outputs, example, output_class=type(result).__name__, positional=tuple(n for n in names if "." not in n))
     gm.meta["config"] = model.config
     return gm
@@ -215,16 +215,11 @@ def _flat(
     if len(placeholders) != len(inputs) or not isinstance(returned, tuple | list) or len(returned) != len(outputs):
         raise CaptureError(f"the graph has {len(placeholders)} inputs where {len(inputs)} were traced", remedy="report this model's class")
     gm.graph.output_node().args = (tuple(returned),)
-    ports = [_port(name, node.meta["val"]) for name, node in zip(inputs, placeholders, strict=True)]
-    results = [_port(name, node.meta["val"]) for name, node in zip(outputs, returned, strict=True)]
+    ports = [Port.of(name, node.meta["val"]) for name, node in zip(inputs, placeholders, strict=True)]
+    results = [Port.of(name, node.meta["val"]) for name, node in zip(outputs, returned, strict=True)]
     gm.meta["signature"] = Signature(tuple(ports), tuple(results), output_class, positional)
     gm.meta["example"] = example
     drop_checks(gm)
     edit.settle_sizes(gm)
     gm.recompile()
     return gm
-
-
-def _port(name: str, fake: Tensor) -> Port:
-    sizes = [size if isinstance(size, int) else size.node.maybe_as_int() for size in fake.shape]  # a symbol may have been fixed since
-    return Port(name, str(fake.dtype).removeprefix("torch."), tuple(sizes))

@@ -136,6 +136,30 @@ def _fake(gm: GraphModule, tensor: Tensor) -> Any:
     return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
 
 
+def add_input(gm: GraphModule, name: str, shape: Sequence[Any], dtype: torch.dtype, *, after: Node) -> Node:
+    """A new placeholder behind another one. The caller states its port in the signature."""
+    with gm.graph.inserting_after(after):
+        node = gm.graph.placeholder(name)
+    set_input(node, shape, dtype, like=after)
+    return node
+
+
+def set_input(node: Node, shape: Sequence[Any], dtype: torch.dtype, *, like: Node | None = None) -> None:
+    """Let a placeholder take tensors of that shape and dtype; the values of its readers are not inferred again.
+
+    Args:
+        like: a placeholder on the same device; `node` itself if None.
+    """
+    mode = _fake_mode(node.graph)
+    with mode if mode is not None else _nothing():
+        node.meta["val"] = torch.empty(tuple(shape), dtype=dtype, device=value(like or node).device)
+
+
+def set_outputs(gm: GraphModule, nodes: Sequence[Node]) -> None:
+    """Let the graph return the values of `nodes`. The caller states their ports in the signature."""
+    gm.graph.output_node().args = (tuple(nodes),)
+
+
 def set_operand(node: Node, name: str, new: Any) -> None:
     """Pass `new` as the operand of that schema name; the node's value is not inferred again."""
     assert isinstance(node.target, torch._ops.OpOverload)

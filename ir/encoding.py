@@ -34,7 +34,7 @@ class Float:
         return 1 + self.exponent + self.mantissa
 
 
-_TEXT = re.compile(r"(?:([iu])([1-8])|f8e([45])m([32]))\[(-?\d+(?:,-?\d+)*)\](dynamic)?")
+_TEXT = re.compile(r"(?:([iu])([1-8])|f8e([45])m([32]))\[(-?\d+(?:,-?\d+)*)\](dynamic(?:\*(0\.\d+))?)?")
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,18 @@ class Encoding:
     Text form: `i4[1,128]`. The letter is `i` (symmetric: no zero point), `u` (asymmetric: unsigned with a zero point) or
     `f8e4m3`/`f8e5m2`. The block is aligned to the trailing axes; -1 is the whole axis; the first entry extends to all axes further
     left. So `[-1]` is one scale per tensor, `[1,-1]` one per output channel of a weight and one per token of an activation, `[1,128]`
-    groups of 128 along the last axis. The suffix `dynamic` means that scales are computed from the tensor at run time.
+    groups of 128 along the last axis. The suffix `dynamic` means that scales are computed from the tensor at run time; `dynamic*0.9`
+    that they cover 0.9 of its extremes, and clip what lies beyond.
 
     Raises:
-        OptionError: a block size that is neither positive nor -1, or an asymmetric float.
+        OptionError: a block size that is neither positive nor -1, an asymmetric float, or a clip that is no ratio, of scales not dynamic.
     """
 
     format: Int | Float
     block: tuple[int, ...]
     symmetric: bool = True
     dynamic: bool = False
+    clip: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.block or any(size == 0 or size < -1 for size in self.block):
@@ -62,13 +64,17 @@ class Encoding:
             raise OptionError("floating-point encodings have no zero point")
         if self.format.bits == 1 and not self.symmetric:
             raise OptionError("one bit stores a sign, which has no zero point; use i1")
+        object.__setattr__(self, "clip", round(self.clip, 4))
+        if not 0 < self.clip <= 1 or (self.clip != 1 and not self.dynamic):
+            raise OptionError(f"a clip is a ratio above 0 and up to 1, of dynamic scales, not {self.clip}")
 
     def __str__(self) -> str:
         if isinstance(self.format, Float):
             name = f"f8e{self.format.exponent}m{self.format.mantissa}"
         else:
             name = f"{'i' if self.symmetric else 'u'}{self.format.bits}"
-        return f"{name}[{','.join(map(str, self.block))}]{'dynamic' if self.dynamic else ''}"
+        clip = f"*{self.clip:.4f}".rstrip("0") if self.clip != 1 else ""
+        return f"{name}[{','.join(map(str, self.block))}]{'dynamic' if self.dynamic else ''}{clip}"
 
     @classmethod
     def parse(cls, text: str) -> "Encoding":
@@ -80,9 +86,9 @@ class Encoding:
         match = _TEXT.fullmatch(text)
         if match is None:
             raise OptionError(f"{text!r} is not an encoding", remedy="write for example i8[1,-1], u4[1,64], f8e4m3[-1] or i8[1,-1]dynamic")
-        letter, bits, exponent, mantissa, block, dynamic = match.groups()
+        letter, bits, exponent, mantissa, block, dynamic, clip = match.groups()
         number = Int(int(bits)) if letter else Float(int(exponent), int(mantissa))
-        return cls(number, tuple(map(int, block.split(","))), symmetric=letter != "u", dynamic=bool(dynamic))
+        return cls(number, tuple(map(int, block.split(","))), symmetric=letter != "u", dynamic=bool(dynamic), clip=float(clip or 1))
 
     @property
     def bits(self) -> int:

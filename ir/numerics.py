@@ -63,7 +63,8 @@ def choose_qparams(x: Tensor, encoding: Encoding, scale_dtype: torch.dtype | Non
     """Scales (and zero points) that cover the extremes of every block.
 
     Symmetric: `s = max|x| / (2^(b−1) − ½)`; one bit: `s = mean|x|`, the least-squares scale of a sign; asymmetric, over a range that
-    includes zero: `s = (max − min) / (2^b − 1)`, `z = round(−min / s)`; floats: `s = max|x| / greatest float`.
+    includes zero: `s = (max − min) / (2^b − 1)`, `z = round(−min / s)`; floats: `s = max|x| / greatest float`. With a clip, of the
+    encoding, extremes are that much nearer to zero.
 
     Args:
         x: any shape, floating point.
@@ -78,9 +79,9 @@ def choose_qparams(x: Tensor, encoding: Encoding, scale_dtype: torch.dtype | Non
             ones, _ = blocked(torch.ones_like(x), encoding)
             scale = split.abs().sum(axes) / ones.sum(axes)
         else:
-            scale = split.abs().amax(axes) / _symmetric_range(encoding)
+            scale = split.abs().amax(axes) / (_symmetric_range(encoding) / encoding.clip)
         return QParams(_stored(scale, scale_dtype))
-    low, high = split.amin(axes).clamp_max(0), split.amax(axes).clamp_min(0)
+    low, high = split.amin(axes).clamp_max(0) * encoding.clip, split.amax(axes).clamp_min(0) * encoding.clip
     return qparams_from_range(low, high, encoding, scale_dtype)
 
 

@@ -5,6 +5,7 @@ they are the same in every backend and in every saved file. Values that a caller
 made up.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from ir.errors import DataError
 
-CACHE = "past_key_values"
+CACHE, PRESENT = "past_key_values", "present"  # inputs `past_key_values.0.key`, outputs `present.0.key`
 CACHE_PARTS = ("key", "value")
+TOKENS = 2  # the axis of a cache [batch, heads, tokens, width] that grows
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,17 @@ class Port:
         if not isinstance(dtype, torch.dtype):
             raise DataError(f"{self.dtype!r} is not a dtype", where=self.name)
         return dtype
+
+    @property
+    def keeps_scales(self) -> bool:
+        """Whether it holds scales of a quantized cache, which keep their dtype whatever the model computes in."""
+        return self.name.partition(".")[0] in {CACHE, PRESENT} and self.name.endswith("_scale")
+
+    @classmethod
+    def of(cls, name: str, fake: Tensor) -> "Port":
+        """The port of a recorded value; a symbol may have been fixed since it was recorded."""
+        sizes = [size if isinstance(size, int) else size.node.maybe_as_int() for size in fake.shape]
+        return cls(name, str(fake.dtype).removeprefix("torch."), tuple(sizes))
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,20 @@ class Signature:
     @property
     def layers(self) -> int:
         """The number of layers that keep a key/value cache."""
-        return sum(port.name.startswith(f"{CACHE}.") for port in self.inputs) // 2
+        return len({port.name.split(".")[1] for port in self.inputs if port.name.startswith(f"{CACHE}.")})
+
+    @property
+    def coded(self) -> tuple[Port, ...]:
+        """The outputs that hold codes, scales and zero points of a quantized cache."""
+        caches = [port for port in self.outputs if port.name.startswith(f"{PRESENT}.")]
+        return tuple(port for port in caches if port.keeps_scales or not port.torch_dtype.is_floating_point)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that the cache takes for each token of each row."""
+        caches = [port for port in self.inputs if port.name.startswith(f"{CACHE}.")]
+        fixed = (math.prod(size or 1 for axis, size in enumerate(port.shape) if axis not in {0, TOKENS}) for port in caches)
+        return sum(size * port.torch_dtype.itemsize for size, port in zip(fixed, caches, strict=True))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -77,6 +103,7 @@ class Signature:
         if unknown:
             raise DataError(f"unknown inputs {unknown}", where="call of the compiled model", remedy=f"the inputs are {list(self.names)}")
         flat = _flatten_cache(given)
+        _check_cache(self, flat)
         made = _defaults(self, flat)
         values = []
         for port in self.inputs:
@@ -87,13 +114,17 @@ class Signature:
         return values
 
     def wrap(self, outputs: Sequence[Tensor]) -> Any:
-        """Flat outputs as the structure the model itself returns."""
+        """Flat outputs as the structure the model itself returns; a quantized cache as a list of a dict of tensors for each layer."""
         if not self.output_class:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
         fields: dict[str, Any] = {port.name: value for port, value in zip(self.outputs, outputs, strict=True) if "." not in port.name}
-        cache = [value for port, value in zip(self.outputs, outputs, strict=True) if port.name.startswith("present.")]
-        if cache:
-            fields[CACHE] = transformers.DynamicCache(list(zip(cache[::2], cache[1::2], strict=True)))
+        layers: dict[str, dict[str, Tensor]] = {}
+        for port, value in zip(self.outputs, outputs, strict=True):
+            if port.name.startswith(f"{PRESENT}."):
+                _, layer, part = port.name.split(".")
+                layers.setdefault(layer, {})[part] = value
+        if layers:
+            fields[CACHE] = _cache(list(layers.values()))
         wrapper = getattr(transformers.modeling_outputs, self.output_class, None)
         known = isinstance(wrapper, type) and issubclass(wrapper, transformers.utils.ModelOutput)
         return wrapper(**fields) if known else transformers.utils.ModelOutput(fields)  # type: ignore[misc]
@@ -109,18 +140,41 @@ class Signature:
         return cls(**ports, output_class=str(data["output_class"]), positional=tuple(map(str, data["positional"])))
 
 
+def _cache(layers: list[dict[str, Tensor]]) -> Any:
+    """A cache of keys and values as transformers' own, any other as it is."""
+    if all(tuple(layer) == CACHE_PARTS and all(kept.is_floating_point() for kept in layer.values()) for layer in layers):
+        return transformers.DynamicCache([(layer["key"], layer["value"]) for layer in layers])
+    return layers
+
+
+def _check_cache(signature: Signature, flat: Mapping[str, Tensor]) -> None:
+    """Refuse a cache that was given in part, or with more than the model keeps."""
+    given = {name for name in flat if name.startswith(f"{CACHE}.")}
+    wanted = {port.name for port in signature.inputs if port.name.startswith(f"{CACHE}.")}
+    if given and given != wanted:
+        wrong = sorted(wanted - given) or sorted(given - wanted)
+        raise DataError(
+            f"the cache {'lacks' if wanted - given else 'has a part that the model does not know,'} {wrong[0]!r}",
+            remedy="give the past_key_values that the model itself returned",
+        )
+
+
 def _flatten_cache(given: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Arguments by flat name: a cache object, or a list of (key, value) pairs, becomes one entry per tensor; one not yet filled, none."""
+    """Arguments by flat name: a cache becomes one entry per tensor, one not yet filled none.
+
+    A cache is an object with layers of keys and values, a list of (key, value) pairs, or a list of dicts of tensors.
+    """
     flat: dict[str, Tensor] = {}
     for name, value in given.items():
         if isinstance(value, torch.Tensor):
             flat[name] = value
             continue
         pairs = [(layer.keys, layer.values) for layer in value.layers] if hasattr(value, "layers") else value
-        if not isinstance(pairs, list | tuple) or not all(isinstance(pair, list | tuple) for pair in pairs):
+        if not isinstance(pairs, list | tuple) or not all(isinstance(pair, list | tuple | Mapping) for pair in pairs):
             raise DataError(f"input {name!r} is a {type(value).__name__}", remedy="give a tensor, or a cache of keys and values")
         for index, pair in enumerate(pairs):
-            parts = {f"{name}.{index}.{part}": part_of for part, part_of in zip(CACHE_PARTS, pair, strict=False) if part_of is not None}
+            named = pair.items() if isinstance(pair, Mapping) else zip(CACHE_PARTS, pair, strict=False)
+            parts = {f"{name}.{index}.{part}": part_of for part, part_of in named if part_of is not None}
             if not all(isinstance(tensor, torch.Tensor) for tensor in parts.values()):
                 raise DataError(f"input {name!r} holds something else than tensors", remedy="give a tensor, or a cache of keys and values")
             flat |= parts
@@ -140,7 +194,7 @@ def _defaults(signature: Signature, flat: Mapping[str, Tensor]) -> dict[str, Ten
             shape = [batch if axis == 0 else 0 if size is None else size for axis, size in enumerate(port.shape)]
             made[port.name] = torch.zeros(shape, dtype=port.torch_dtype, device=lead.device)
             given = flat.get(port.name)
-            past = given.shape[2] if given is not None else 0
+            past = given.shape[TOKENS] if given is not None else 0
     mask = flat.get("attention_mask")
     if mask is None:
         mask = torch.ones(batch, past + length, dtype=torch.int64, device=lead.device)
@@ -161,6 +215,7 @@ def _checked(port: Port, value: Tensor) -> Tensor:
         raise DataError(f"input {port.name!r} has shape {list(value.shape)}, expected {expected}")
     if value.dtype != wanted:
         if value.is_floating_point() != wanted.is_floating_point:
-            raise DataError(f"input {port.name!r} has dtype {value.dtype}, expected {wanted}")
+            remedy = "give the past_key_values that the model itself returned" if port.name.startswith(f"{CACHE}.") else ""
+            raise DataError(f"input {port.name!r} has dtype {value.dtype}, expected {wanted}", remedy=remedy)
         value = value.to(wanted)
     return value

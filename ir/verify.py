@@ -14,9 +14,10 @@ from torch.fx import GraphModule, Node
 from ir.edit import attribute, value
 from ir.encoding import Encoding
 from ir.errors import DataError, GraphError, OptionError
+from ir.hadamard import misfit
 from ir.match import aten, find, is_tensor, operand, operands
 from ir.numerics import storage_dtype
-from ir.ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
+from ir.ops import CHOOSE_QPARAMS, DEQUANTIZE, HADAMARD, PACK, QUANTIZE, UNPACK
 from ir.schema import misfits
 from ir.sites import KEY
 from ir.text import node_text, where
@@ -124,14 +125,14 @@ def _dtypes(gm: GraphModule) -> Faults:
 
 
 def _encodings(gm: GraphModule) -> Faults:
-    for node in find(gm, QUANTIZE, DEQUANTIZE, CHOOSE_QPARAMS):
+    for node in find(gm, QUANTIZE, DEQUANTIZE, CHOOSE_QPARAMS, PACK, UNPACK):
         given = operands(node)
         try:
             encoding = Encoding.parse(given["encoding"])
         except (OptionError, TypeError) as error:
             yield Fault(node, f"{given['encoding']!r}: {error}")
             continue
-        if node.target is not CHOOSE_QPARAMS:
+        if node.target in {QUANTIZE, DEQUANTIZE}:
             yield from (Fault(node, detail) for detail in _qparams(node, given, encoding))
 
 
@@ -154,6 +155,11 @@ def _qparams(node: Node, given: dict[str, Any], encoding: Encoding) -> Iterator[
             continue
         if tuple(value(qparam).shape) != expected:
             yield f"{name} has shape {list(value(qparam).shape)}, {encoding} of {list(shape)} needs {list(expected)}"
+
+
+def _transforms(gm: GraphModule) -> Faults:
+    details = ((node, misfit(value(operand(node, "x")).shape[-1], operand(node, "block"))) for node in find(gm, HADAMARD))
+    yield from (Fault(node, detail) for node, detail in details if detail)
 
 
 def _annotations(gm: GraphModule) -> Faults:
@@ -191,6 +197,7 @@ RULES = (
     Rule("readers", _readers, "every value is read"),
     Rule("dtypes", _dtypes, "the operands of a product have one dtype"),
     Rule("encodings", _encodings, "quantized values agree with their encoding"),
+    Rule("transforms", _transforms, "blocks of a Hadamard transform have a matrix and divide the last axis"),
     Rule("annotations", _annotations, "annotations are encodings of tensor operands"),
     Rule("outputs", _outputs, "inputs and outputs are flat, as many as the signature names"),
 )

@@ -1,7 +1,7 @@
 """The contract of a pass: `Pass`, its `Effect`, and the `Context` that a run hands from pass to pass."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, TypeVar
@@ -70,6 +70,11 @@ class Context:
     def skip(self, path: str, reason: str, size: int, asked: bool = False) -> None:
         """Record that the weight bytes at `path` are left as they are, and why."""
         self.skipped.append(Skip(path, reason, size, asked))
+
+    def rebind(self, convert: Callable[[Sequence[Tensor]], list[Tensor]]) -> None:
+        """Bring calibration data and probe into the form of the graph's inputs after a pass has changed them."""
+        self.calibration = [convert(batch) for batch in self.calibration]
+        self.probe = convert(self.probe) if self.probe else self.probe
 
     def track(self, items: Iterable[T], doing: str) -> Iterator[T]:
         """`items`, with a progress bar."""

@@ -20,7 +20,8 @@ from passes.base import Context, Pass
 from passes.calibration import flat_batches
 from passes.calls import call_text
 from passes.compiled import Compiled
-from passes.pipeline import Pipeline, model_outputs, relative_error
+from passes.pipeline import Pipeline
+from passes.probe import model_outputs, relative_error
 from passes.progress import Progress
 from passes.recipe import Recipe, calibration_fingerprint, versions, weights_fingerprint
 from passes.report import Report, coverage, left_out
@@ -78,7 +79,7 @@ def compile(
     original = _original(gm, ctx)
     trace = steps.execute(gm, ctx)
     ctx.progress.say(f"lowering to {target.name}")
-    executable = target.lower(gm, example, ctx.notes)
+    executable = target.lower(gm, gm.meta["example"], ctx.notes)
     report = Report(
         model=type(model).__name__,
         pipeline=str(steps),

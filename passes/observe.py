@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from ir import edit, evaluate
+from ir import edit
 from ir.errors import DataError
 from ir.sites import readers
 from ir.statistics import Statistics
 from passes.base import Context, Effect, Pass
+from passes.observation import observed
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,7 @@ class Observe(Pass):
                     )
             ctx.statistics = loaded
             return len(loaded)
-        statistics = Statistics()
-
-        def tap(node: Node, value: Any) -> None:
-            if node in sources:
-                statistics.observe(sources[node], value, gram=self.gram)
-
-        for batch in ctx.track(ctx.calibration, "observe"):
-            for node, value in evaluate.bind(gm, batch).items():
-                tap(node, value)
-            evaluate.run(gm, batch, tap)
-        ctx.statistics = statistics
+        ctx.statistics = observed(gm, ctx, gram=self.gram)
         if self.file:
-            statistics.save(Path(self.file))
-        return len(statistics)
+            ctx.statistics.save(Path(self.file))
+        return len(ctx.statistics)

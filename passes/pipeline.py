@@ -1,7 +1,7 @@
 """`Pipeline`: a pass made of passes, with a text form both ways; it owns the contract that every pass is run under."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -7,10 +7,12 @@ from typing import cast
 
 from ir.errors import OptionError
 from passes.annotate import Annotate
+from passes.base import Pass
 from passes.canonicalize import Canonicalize
 from passes.observe import Observe
 from passes.pipeline import Pipeline
 from passes.quantize import Quantize
+from passes.quantize_cache import FLOAT, QuantizeCache
 from passes.round_weights import RoundWeights
 
 
@@ -23,6 +25,7 @@ def weight_only(
     ignore: Sequence[str] = (),
     head: bool = False,
     embeddings: bool = False,
+    cache: int = 16,
 ) -> Pipeline:
     """Weights in `bits` bits, activations in floating point.
 
@@ -33,11 +36,12 @@ def weight_only(
         ignore: layers to leave out.
         head: quantize output heads too.
         embeddings: quantize embeddings too.
+        cache: bits of the key/value cache, 2 to 8; 16 leaves it in floating point.
     """
     marks = Annotate(
         f"W{bits}A16", group=group, symmetric=symmetric, ignore=cast("tuple[str, ...]", ignore), head=head, embeddings=embeddings
     )
-    return Pipeline((Canonicalize(), marks, RoundWeights(rounding)))
+    return Pipeline((Canonicalize(), marks, RoundWeights(rounding), *_cached(cache)))
 
 
 def both(
@@ -49,6 +53,7 @@ def both(
     ignore: Sequence[str] = (),
     head: bool = False,
     embeddings: bool = False,
+    cache: int = 16,
 ) -> Pipeline:
     """Weights per output channel and activations in integers.
 
@@ -59,13 +64,19 @@ def both(
         ignore: layers to leave out.
         head: quantize output heads too.
         embeddings: quantize embeddings too.
+        cache: bits of the key/value cache, 2 to 8; 16 leaves it in floating point.
     """
     marks = Annotate(scheme, dynamic=dynamic, ignore=cast("tuple[str, ...]", ignore), head=head, embeddings=embeddings)
     if dynamic and quantile != 1.0:
         raise OptionError("quantile clips static ranges", where="quantile", remedy="set dynamic=False too")
     # Statistics come after the weights are rounded, so that they describe the model that will run.
     observed = () if dynamic else (Observe(),)
-    return Pipeline((Canonicalize(), marks, RoundWeights(rounding), *observed, Quantize(quantile)))
+    return Pipeline((Canonicalize(), marks, RoundWeights(rounding), *observed, Quantize(quantile), *_cached(cache)))
+
+
+def _cached(bits: int) -> tuple[Pass, ...]:
+    """The pass that quantizes the cache, last: it changes what the graph takes in; none at 16 bits."""
+    return () if bits == FLOAT else (QuantizeCache(bits),)
 
 
 w8a16 = partial(weight_only, 8, group=32, symmetric=True, rounding="nearest")

@@ -34,14 +34,13 @@ def _own(signature: Signature, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def _without_past(signature: Signature, probe: Sequence[Tensor]) -> list[Tensor]:
     """The probe with an empty cache; a mask loses what it says of past tokens."""
     past = next(value.shape[TOKENS] for value, port in zip(probe, signature.inputs, strict=True) if port.name.startswith(f"{CACHE}."))
-    result = []
-    for value, port in zip(probe, signature.inputs, strict=True):
-        if port.name.startswith(f"{CACHE}."):
-            value = value.narrow(TOKENS, 0, 0)
-        elif port.name == "attention_mask":
-            value = value[..., past:]
-        result.append(value)
-    return result
+
+    def fresh(name: str, value: Tensor) -> Tensor:
+        if name.startswith(f"{CACHE}."):
+            return value.narrow(TOKENS, 0, 0)
+        return value[..., past:] if name == "attention_mask" else value
+
+    return [fresh(port.name, value) for value, port in zip(probe, signature.inputs, strict=True)]
 
 
 def _next(signature: Signature, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor] | None:

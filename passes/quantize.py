@@ -31,11 +31,12 @@ class Quantize(Pass):
         %4 = fxpress.quantize(%1, %3, None, ...); %5 = fxpress.dequantize(%4, %3, None, ...)
         %6 = fxpress.dequantize(%w.codes, %w.scale, None, 'i8[1,-1]', float32); %7 = aten.linear(%5, %6)
 
-    Weights that `round_weights` has not rounded are rounded to nearest. Layers that read one tensor with one encoding share its operators.
+    Weights that `round_weights` has not rounded are rounded to nearest, or left to it with `weights=False`: then it sees inputs as rounded. Layers that read one tensor with one encoding share its operators.
     Static activations take their range from `observe`; `quantile` < 1 clips it to that quantile of |x| over all elements.
     """
 
     quantile: float = 1.0
+    weights: bool = True
     effect: ClassVar[Effect] = Effect.CHANGE
 
     def __post_init__(self) -> None:
@@ -61,7 +62,7 @@ class Quantize(Pass):
         changed = 0
         for layer in ctx.track(layers(gm), "quantize"):
             encoding = layer.site("weight").encoding
-            if encoding is not None and layer.weight.op == "get_attr":
+            if encoding is not None and self.weights and layer.weight.op == "get_attr":
                 codes, qparams = Nearest().round_weight(edit.attribute(gm, layer.weight), encoding)
                 set_codes(gm, layer, encoding, codes, qparams)
                 changed += 1

@@ -16,7 +16,21 @@ if TYPE_CHECKING:
     from passes.pipeline import Pipeline
 
 # Where each of the project's own passes is defined, in the order that the documentation lists them.
-MODULES = ("canonicalize", "untie", "fold_norm", "observe", "annotate", "round_weights", "quantize")
+MODULES = (
+    "canonicalize",
+    "untie",
+    "fold_norm",
+    "center_norm",
+    "smooth",
+    "rotate",
+    "learn",
+    "observe",
+    "annotate",
+    "clip_activations",
+    "round_weights",
+    "quantize",
+    "quantize_cache",
+)
 
 
 def passes() -> dict[str, type[Pass]]:

@@ -15,12 +15,12 @@ from ir.channels import ChannelGroup, channel_groups
 from ir.dot_products import Query, queries
 from ir.errors import OptionError
 from ir.match import aten, operand
+from ir.online import online_inputs
 from ir.ops import HADAMARD
-from ir.sites import Layer, heads, readers
+from ir.sites import Layer
 from passes.base import Context, Effect, Pass
 
 ROTATIONS = ("R1", "R2", "R3", "R4")
-NORMS = (aten.rms_norm.default, aten.layer_norm.default)
 KINDS: dict[str, Callable[[int, int], Tensor]] = {
     "hadamard": lambda n, seed: hadamard.hadamard(n),
     "random_hadamard": hadamard.random_hadamard,
@@ -133,24 +133,6 @@ def role(group: ChannelGroup) -> str:
     if not group.readers:
         return "R3"
     return "R1" if group.blocks == 1 else "R2"
-
-
-def online_inputs(gm: GraphModule, groups: list[ChannelGroup]) -> dict[Node, list[Layer]]:
-    """Tensors that only an operator can rotate, and the linears that read them: what comes out of a nonlinearity, not of a norm.
-
-    Where a recipe has annotated inputs, only these count. Output heads are left out.
-    """
-    frozen = {member.path for group in groups if group.reason for member in group.readers if member.axis == 1}
-    outputs = heads(gm)
-    annotated = any(layer.site("input").encoding for found in readers(gm).values() for layer in found)
-    result: dict[Node, list[Layer]] = {}
-    for source, found in readers(gm).items():
-        open_ = [layer for layer in found if layer.weight.op == "get_attr" and str(layer.weight.target) in frozen]
-        wanted = [layer for layer in open_ if layer.node not in outputs and (layer.site("input").encoding or not annotated)]
-        shared = any(len(layer.weight.users) > 1 for layer in wanted)
-        if wanted and not shared and source.target not in (*NORMS, HADAMARD) and source.op == "call_function":
-            result[source] = wanted
-    return result
 
 
 def _names(group: ChannelGroup) -> str:

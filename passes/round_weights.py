@@ -1,23 +1,22 @@
 """`round_weights`: choose the integers of annotated weights, to nearest or by GPTQ, block after block."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from ir import edit, evaluate
-from ir.blocks import Block, blocks
+from ir import edit
 from ir.errors import DataError, OptionError
-from ir.rounding import GPTQ, Nearest, Rounding
+from ir.rounding import GPTQ, Nearest, Rounding, propagate_error
 from ir.sites import Layer, layers
 from ir.weights import set_codes
 from passes.base import Context, Effect, Pass
+from passes.prefix import Inputs, Prefix
 
 MIN_TOKENS = 128  # fewer tell next to nothing about the inputs of a layer
 METHODS = ("gptq", "nearest")
+PROPAGATION_DAMPING = 0.1  # of the regression on the prefix's error: a smaller one follows the calibration data too closely
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class RoundWeights(Pass):
         act_order: round columns in the order of falling diag(G).
         search: choose scales by a search over clipping ratios, weighted by the inverse of G; else they cover the extremes.
         sweeps: of exact coordinate descent on codes and group scales after GPTQ.
+        propagation: how much of the error of the compressed prefix a layer makes up for before it is rounded, 0 to 1 (QEP, 2504.09629).
 
     Raises:
         DataError: GPTQ without calibration data, or with fewer than 128 tokens.
@@ -52,6 +52,7 @@ class RoundWeights(Pass):
     act_order: bool = GPTQ.act_order
     search: bool = GPTQ.search
     sweeps: int = GPTQ.sweeps
+    propagation: float = 0.0
     effect: ClassVar[Effect] = Effect.CHANGE
 
     def __post_init__(self) -> None:
@@ -61,6 +62,8 @@ class RoundWeights(Pass):
             )
         if not 0 <= self.damping < 1:
             raise OptionError(f"damping is a share from 0 up to 1, not {self.damping}", where="round_weights(damping=...)")
+        if not 0 <= self.propagation <= 1:
+            raise OptionError(f"propagation lies from 0 to 1, not at {self.propagation}", where="round_weights(propagation=...)")
 
     def needs(self, ctx: Context) -> None:
         """Enough calibration data, for GPTQ."""
@@ -81,11 +84,20 @@ class RoundWeights(Pass):
         # First of all what has no inputs to weigh, embeddings: the linears then see what they give once rounded.
         for node, layer in pending.items():
             if node not in linears:
-                _round(gm, layer, Nearest(), None)
+                _round(gm, layer, Nearest())
         if linears:
             rounding = GPTQ(damping=self.damping, act_order=self.act_order, search=self.search, sweeps=self.sweeps)
-            _Sequential(gm, ctx, rounding, linears).run()
+            for inputs in Prefix(gm, ctx, linears, exact=self.propagation > 0).inputs("round weights"):
+                for layer in inputs.layers:
+                    _round(gm, layer, rounding, inputs.gram, self._target(gm, layer, inputs))
         return len(pending)
+
+    def _target(self, gm: GraphModule, layer: Layer, inputs: Inputs) -> Tensor:
+        """The weight to round."""
+        weight = edit.attribute(gm, layer.weight).detach().float()
+        if inputs.cross is None:
+            return weight
+        return propagate_error(weight, inputs.gram, inputs.cross, self.propagation, PROPAGATION_DAMPING)
 
 
 def _tokens(first: Tensor) -> int:
@@ -93,60 +105,8 @@ def _tokens(first: Tensor) -> int:
     return int((first.shape[:-1] if first.is_floating_point() else first.shape[:2]).numel())
 
 
-def _round(gm: GraphModule, layer: Layer, rounding: Rounding, gram: Tensor | None) -> None:
+def _round(gm: GraphModule, layer: Layer, rounding: Rounding, gram: Tensor | None = None, weight: Tensor | None = None) -> None:
     encoding = layer.site("weight").encoding
     assert encoding is not None
-    codes, qparams = rounding.round_weight(edit.attribute(gm, layer.weight), encoding, gram)
+    codes, qparams = rounding.round_weight(edit.attribute(gm, layer.weight) if weight is None else weight, encoding, gram)
     set_codes(gm, layer, encoding, codes, qparams)
-
-
-@dataclass
-class _Sequential:
-    """Round the layers of a graph in the order that they run, with inputs from the rounded prefix."""
-
-    gm: GraphModule
-    ctx: Context
-    rounding: GPTQ
-    pending: dict[Node, Layer]
-
-    def run(self) -> None:
-        outside, cut = blocks(self.gm)
-        streams: list[dict[Node, Any]] = [{} for _ in self.ctx.calibration]
-        for block in self.ctx.track(cut, "round weights"):
-            # The block's nodes as they were when it was cut; dequantize operators join them as weights are rounded.
-            for source in dict.fromkeys(node.args[0] for node in block.nodes if node in self.pending):
-                assert isinstance(source, Node)
-                self._round_readers(outside, block, source, streams)
-            if block is not cut[-1]:
-                pairs = zip(self.ctx.calibration, streams, strict=True)
-                streams = [self._values(outside, block, batch, stream, block.exit) for batch, stream in pairs]
-
-    def _round_readers(self, outside: list[Node], block: Block, source: Node, streams: Sequence[dict[Node, Any]]) -> None:
-        """Round every layer of the block that reads `source`, from one Gram matrix."""
-        size = edit.value(source).shape[-1]
-        gram = torch.zeros(size, size, dtype=torch.float32)
-        count = 0
-        for batch, stream in zip(self.ctx.calibration, streams, strict=True):
-            x = self._values(outside, block, batch, stream, [source])[source].flatten(0, -2).float()
-            gram.addmm_(x.T, x)
-            count += x.shape[0]
-        gram /= max(count, 1)
-        if not torch.isfinite(gram).all():
-            raise DataError("the inputs of a layer are not finite on the calibration data", where=edit.module_path(source))
-        for layer in [self.pending[node] for node in block.nodes if node in self.pending and node.args[0] is source]:
-            _round(self.gm, layer, self.rounding, gram)
-
-    def _values(
-        self, outside: list[Node], block: Block, batch: list[Tensor], stream: dict[Node, Any], keep: Sequence[Node]
-    ) -> dict[Node, Any]:
-        """The values of `keep`, nodes of the block, for one batch and the stream values that enter the block."""
-        given = evaluate.bind(self.gm, batch) | stream
-        needed = evaluate.ancestors(keep, stop=given)
-        nodes = [node for node in outside if node in needed]
-        for node in block.nodes:
-            weight = node.args[1] if node in self.pending else None
-            if isinstance(weight, Node) and weight.op == "call_function" and node in needed:
-                nodes.append(weight)
-            if node in needed:
-                nodes.append(node)
-        return evaluate.evaluate(self.gm, nodes, given, keep)

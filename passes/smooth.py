@@ -14,6 +14,7 @@ from ir.errors import DataError, OptionError
 from ir.sites import Layer, heads, readers
 from ir.statistics import TensorStatistics
 from passes.base import Context, Effect, Pass
+from passes.observation import observed
 
 PLACES = ("norm", "mlp", "values")
 SAMPLE = 512  # tokens of the calibration data that policies are compared on
@@ -47,8 +48,10 @@ class Smooth(Pass):
         rotated: the error of the search is that behind a Hadamard rotation (`rotate` with R4 comes next).
         where: "norm" (what norms write), "mlp" (what a linear writes and another reads, through a gate or a ReLU), "values" (of attention).
 
+    Statistics come from an `observe` before it, else they are measured now.
+
     Raises:
-        DataError: no statistics; put `observe` before.
+        DataError: neither statistics nor calibration data.
     """
 
     alpha: float = 0.5
@@ -67,18 +70,14 @@ class Smooth(Pass):
         if not 0 <= self.alpha <= 1 or not 0 < self.quantile <= 1:
             raise OptionError("alpha lies from 0 to 1, quantile above 0 and up to 1", where=str(self))
 
-    def needs(self, ctx: Context) -> None:
-        """Calibration data, for the search."""
-        if self.search and not ctx.calibration:
-            raise DataError("smooth(search=True) needs calibration data", remedy="pass calibration=[...], or search=False")
-
     def requires(self, gm: GraphModule, ctx: Context) -> None:
-        """Statistics."""
-        if ctx.statistics is None:
-            raise DataError("smooth needs statistics of activations", remedy="put observe just before smooth, and give calibration data")
+        """Statistics or calibration data; the data, for the search."""
+        if not ctx.calibration and (self.search or ctx.statistics is None):
+            raise DataError("smooth needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Scale group by group."""
+        ctx.statistics = ctx.statistics or observed(gm, ctx)
         inputs = _inputs(gm)
         values = _mixed_by_attention(gm)
         plans = []

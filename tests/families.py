@@ -93,16 +93,13 @@ class Family:
     def steps(self, gm: GraphModule, batch: int = 3, lengths: tuple[int, ...] = (7, 1)) -> list[Tensor]:
         """The logits of `gm` over chained calls of `lengths` random tokens, the cache carried on."""
         generator = torch.Generator().manual_seed(1)
-        signature, given, past, logits = self.signature, {}, 0, []
+        signature, past, logits = gm.meta.get("signature", self.signature), None, []
         for length in lengths if signature.layers else lengths[:1]:
             tokens = torch.randint(3, VOCABULARY, (batch, length), generator=generator)
             with torch.no_grad():
-                outputs = gm(*signature.bind(input_ids=tokens, **given))
-            result = dict(zip((port.name for port in signature.outputs), outputs, strict=True))
-            logits.append(result["logits"])
-            cache = [result[name] for name in result if name.startswith("present.")]
-            past += length
-            given = {"past_key_values": list(zip(cache[::2], cache[1::2], strict=True))}
+                result = signature.wrap(gm(*signature.bind(input_ids=tokens, past_key_values=past)))
+            logits.append(result.logits)
+            past = result.get("past_key_values")
         return logits
 
 

@@ -50,7 +50,7 @@ class OnnxQdq:
                 raise OptionError(f"{option}={getattr(self, option)!r} is not one of {list(values)}", where="backend onnx")
 
     def supports(self, operator: str, encodings: Mapping[str, Encoding], shape: Sequence[int]) -> str | None:
-        """Why a `Linear` or `Embedding` with these encodings and a weight of this shape cannot be lowered; None if it can."""
+        """Why a `Linear`, `Embedding` or `Cache` of this shape cannot be lowered with these encodings; None if it can."""
         return refusal(operator, encodings, shape)
 
     def lower(self, gm: GraphModule, probe: Sequence[Tensor], notes: list[str]) -> OnnxExecutable:

@@ -79,11 +79,13 @@ def refusal(operator: str, encodings: Mapping[str, Encoding], shape: Sequence[in
     """Why a site cannot be lowered, as a sentence; None if it can.
 
     Args:
-        operator: `Linear` or `Embedding`.
-        encodings: by operand: `weight`, `input`.
-        shape: of the weight, [N, K].
+        operator: `Linear`, `Embedding`, or `Cache` for a cache of keys or values.
+        encodings: by operand: `weight`, `input`; of a cache `key` or `value`.
+        shape: of the weight, [N, K]; of a cache, heads and their width.
     """
     name = operator.lower()
+    if name == "cache":
+        return cache_refusal(encodings)
     if name not in {key[0] for key in FORMS}:
         return f"ONNX Runtime has no quantized form of {name}; quantize linear and embedding only"
     weight, activation = encodings.get("weight"), encodings.get("input")
@@ -94,6 +96,12 @@ def refusal(operator: str, encodings: Mapping[str, Encoding], shape: Sequence[in
         _activation_refusal(activation) if activation is not None else None,
     )
     return next((reason for reason in reasons if reason), None)
+
+
+def cache_refusal(encodings: Mapping[str, Encoding]) -> str | None:
+    """Why keys or values cannot be kept in these encodings; None if they can."""
+    wrong = [encoding for encoding in encodings.values() if not isinstance(encoding.format, Int) or encoding.bits == 1]
+    return f"keys and values are kept in integers of 2 to 8 bits, not as {wrong[0]}" if wrong else None
 
 
 def _weight_refusal(name: str, weight: Encoding, shape: Sequence[int]) -> str | None:

@@ -7,7 +7,7 @@ from ir.signature import CACHE, Signature
 
 
 def genai_config(config: Any, signature: Signature, entries: Mapping[str, str], filename: str) -> dict[str, Any] | None:
-    """The file's content; None if the model is not a decoder with a cache of one shape.
+    """The file's content; None if the model is not a decoder with a cache of floats of one shape.
 
     Args:
         config: a transformers configuration.
@@ -16,7 +16,7 @@ def genai_config(config: Any, signature: Signature, entries: Mapping[str, str], 
         filename: the model's file name.
     """
     caches = {port.shape for port in signature.inputs if port.name.startswith(f"{CACHE}.")}
-    if len(caches) != 1 or not any(port.name == "logits" for port in signature.outputs):
+    if len(caches) != 1 or signature.coded or not any(port.name == "logits" for port in signature.outputs):
         return None
     text = config.get_text_config()
     (_, heads, _, width) = next(iter(caches))

@@ -140,7 +140,7 @@ def _write_integer(gm: GraphModule, site: QuantizedSite, form: Form, options: Op
     operands = _attach(gm, site, layout.integer(site.weight, options.signed))
     step, offset = (None, None) if activation.encoding.dynamic else _static(gm, site, activation)
     low, high = code_range(activation.encoding)
-    return 8, _insert(site, SITE.integer.default, [activation.source, *operands, _bias(site), step, offset, low, high])
+    return 8, _insert(site, SITE.integer.default, [activation.source, *operands, _bias(site), step, offset, low, high, activation.encoding.clip])
 
 
 def _static(gm: GraphModule, site: QuantizedSite, activation: Activation) -> tuple[Node, Node | None]:
@@ -186,6 +186,6 @@ def _cast(gm: GraphModule, dtype: torch.dtype) -> None:
             tensor = attribute(gm, node)
             if tensor.dtype in HALVES:
                 store(gm, str(node.target), tensor.to(dtype))
-        elif node.op == "call_function":
+        elif node.op == "call_function" and node.target != FXPRESS.choose_qparams.default:  # scales that are kept stay as they are
             node.args = torch.fx.node.map_aggregate(node.args, lambda v: dtype if v in HALVES else v)
             node.kwargs = torch.fx.node.map_aggregate(node.kwargs, lambda v: dtype if v in HALVES else v)

@@ -1,7 +1,7 @@
 """Operators that stand for a whole quantized site between legalization and export. They have shapes but no bodies.
 
 fxpress_onnx::blocked(x, codes, scale, zero_point?, bias?, rows, bits, block)           x [.., K] -> [.., rows]
-fxpress_onnx::integer(x, codes, scale, zero_point?, bias?, step?, offset?, low, high)   x [.., K] -> [.., N]
+fxpress_onnx::integer(x, codes, scale, zero_point?, bias?, step?, offset?, low, high, clip)   x [.., K] -> [.., N]
 fxpress_onnx::gather(ids, codes, scale, zero_point?, columns, bits, block)              ids [..]  -> [.., columns]
 """
 
@@ -16,7 +16,8 @@ torch.library.define(
 )
 torch.library.define(
     "fxpress_onnx::integer",
-    "(Tensor x, Tensor codes, Tensor scale, Tensor? zero_point, Tensor? bias, Tensor? step, Tensor? offset, int low, int high) -> Tensor",
+    "(Tensor x, Tensor codes, Tensor scale, Tensor? zero_point, Tensor? bias, Tensor? step, Tensor? offset, int low, "
+    "int high, float clip) -> Tensor",
 )
 torch.library.define(
     "fxpress_onnx::gather", "(Tensor ids, Tensor codes, Tensor scale, Tensor? zero_point, int columns, int bits, int block) -> Tensor"
@@ -39,6 +40,7 @@ def _integer(
     offset: Tensor | None,
     low: int,
     high: int,
+    clip: float,
 ) -> Tensor:
     return x.new_empty([*x.shape[:-1], codes.shape[1]])
 

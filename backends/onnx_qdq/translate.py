@@ -12,11 +12,13 @@ from onnxscript import values
 from torch import Tensor
 from torch.fx import GraphModule
 
+from backends.onnx_qdq import arithmetic
+from backends.onnx_qdq.arithmetic import number
 from backends.onnx_qdq.legalize import SITE
 from backends.onnx_qdq.sites import ATEN, FXPRESS
-from ir.encoding import Encoding
 from ir.errors import BackendError
-from ir.numerics import TINY, code_range, storage_dtype
+from ir.hadamard import factors, orders
+from ir.numerics import TINY
 
 _ANY = (["tensor(uint8)"], ["tensor(int64)", "tensor(int32)"], ["tensor(float)"])
 _GATHER = onnx.defs.OpSchema(
@@ -39,7 +41,6 @@ _GATHER = onnx.defs.OpSchema(
 """The part of ONNX Runtime's own operator that we use; the onnx package does not know it."""
 
 _EXPORTER_LOG = logging.getLogger("torch.onnx._internal.exporter._registration")  # complains about packages that we do not need
-_ONNX_DTYPE = {torch.int8: onir.DataType.INT8, torch.uint8: onir.DataType.UINT8}
 
 
 def to_onnx(gm: GraphModule, example: Sequence[Tensor], opset: int) -> onir.Model:
@@ -83,10 +84,6 @@ def _by_name(gm: GraphModule, shapes: Sequence[Any]) -> dict[str, Any]:
     return dict(zip(names, shapes, strict=True))
 
 
-def _float(value: float) -> Any:
-    return op.Constant(value=onir.tensor(value, dtype=onir.DataType.FLOAT))
-
-
 def _with_bias(y: Any, bias: Any) -> Any:
     return y if bias is None else op.Add(y, bias)
 
@@ -102,7 +99,7 @@ def _blocked(x: Any, codes: Any, scale: Any, zero_point: Any, bias: Any, rows: i
     return op.Squeeze(op.Add(op.MatMul(op.Unsqueeze(x, first), weight), bias), first)
 
 
-def _integer(x: Any, codes: Any, scale: Any, zero_point: Any, bias: Any, step: Any, offset: Any, low: int, high: int) -> Any:
+def _integer(x: Any, codes: Any, scale: Any, zero_point: Any, bias: Any, step: Any, offset: Any, low: int, high: int, clip: float) -> Any:
     """s · (Q(x / s) · DQ(codes)), fused to MatMulIntegerToFloat. Activation codes are stored unsigned, shifted by 128."""
     shift = 0 if low == 0 else 128
     wide = high - low == 255
@@ -111,12 +108,12 @@ def _integer(x: Any, codes: Any, scale: Any, zero_point: Any, bias: Any, step: A
     if step is not None and wide:
         q = op.QuantizeLinear(x, step, zero)
         return _with_bias(op.MatMul(op.DequantizeLinear(q, step, zero), weight), bias)
-    s = _token_step(x, (high - low) / 2) if step is None else step
+    s = _token_step(x, (high - low) / 2 / clip) if step is None else step
     scaled = op.Div(x, s)
     if not wide:
-        z = _float(0.0) if offset is None else op.Cast(offset, to=onir.DataType.FLOAT)
-        scaled = op.Clip(op.Round(scaled), op.Sub(_float(float(low)), z), op.Sub(_float(float(high)), z))
-    one = _float(1.0)
+        z = number(0.0) if offset is None else op.Cast(offset, to=onir.DataType.FLOAT)
+        scaled = op.Clip(op.Round(scaled), op.Sub(number(float(low)), z), op.Sub(number(float(high)), z))
+    one = number(1.0)
     product = op.MatMul(op.DequantizeLinear(op.QuantizeLinear(scaled, one, zero), one, zero), weight)
     return _with_bias(op.Mul(product, s), bias)
 
@@ -127,7 +124,7 @@ def _token_step(x: Any, greatest: float) -> Any:
     The order of operations is the reference's: the greatest |x| lies on a tie, max|x| / s = 127.5, which other orders round differently.
     """
     last = op.Constant(value=onir.tensor([-1], dtype=onir.DataType.INT64))
-    return op.Max(op.Div(op.ReduceMax(op.Abs(x), last), _float(greatest)), _float(TINY))
+    return op.Max(op.Div(op.ReduceMax(op.Abs(x), last), number(greatest)), number(TINY))
 
 
 def _gather(ids: Any, codes: Any, scale: Any, zero_point: Any, columns: int, bits: int, block: int) -> Any:
@@ -137,37 +134,15 @@ def _gather(ids: Any, codes: Any, scale: Any, zero_point: Any, columns: int, bit
     return gather(*operands, block_size=block, bits=bits, gather_axis=0, quantize_axis=1)
 
 
-def _choose_qparams(x: Any, encoding: str) -> tuple[Any, Any]:
-    """Dynamic scales and zero points in float arithmetic, as `ir.numerics.choose_qparams`."""
-    e = Encoding.parse(encoding)
-    low, high = code_range(e)
-    axes = op.Constant(value=onir.tensor([-1] if len(e.block) > 1 else list(range(len(x.shape))), dtype=onir.DataType.INT64))
-    if e.symmetric:
-        scale = op.Max(op.Div(op.ReduceMax(op.Abs(x), axes), _float((high - low) / 2)), _float(TINY))
-        return scale, op.Cast(op.Sub(scale, scale), to=onir.DataType.UINT8)
-    zero = _float(0.0)
-    least, greatest = op.Min(op.ReduceMin(x, axes), zero), op.Max(op.ReduceMax(x, axes), zero)
-    scale = op.Max(op.Div(op.Sub(greatest, least), _float(float(high - low))), _float(TINY))
-    offset = op.Clip(op.Round(op.Div(op.Neg(least), scale)), _float(float(low)), _float(float(high)))
-    return scale, op.Cast(offset, to=onir.DataType.UINT8)
-
-
-def _quantize(x: Any, scale: Any, zero_point: Any, encoding: str) -> Any:
-    """Codes in float arithmetic: no QuantizeLinear, which next to a blocked weight ONNX Runtime fuses wrongly."""
-    e = Encoding.parse(encoding)
-    low, high = code_range(e)
-    codes = op.Round(op.Div(x, scale))
-    if not e.symmetric and zero_point is not None:
-        codes = op.Add(codes, op.Cast(zero_point, to=onir.DataType.FLOAT))
-    return op.Cast(op.Clip(codes, _float(float(low)), _float(float(high))), to=_ONNX_DTYPE[storage_dtype(e)])
-
-
-def _dequantize(codes: Any, scale: Any, zero_point: Any, encoding: str, dtype: int) -> Any:
-    """(q − z) · s in float arithmetic."""
-    numbers = op.Cast(codes, to=onir.DataType.FLOAT)
-    if zero_point is not None and not Encoding.parse(encoding).symmetric:
-        numbers = op.Sub(numbers, op.Cast(zero_point, to=onir.DataType.FLOAT))
-    return op.Mul(numbers, scale)
+def _hadamard(x: Any, block: int) -> Any:
+    """`A · X · B` over runs of a · b channels with `H = A ⊗ B` (all symmetric), as `ir.hadamard.transform`; sizes that vary are copied."""
+    *left, right = [op.Constant(value=onir.tensor(factor.numpy())) for factor in factors(block, torch.float32)]
+    sizes, channels = orders(block), x.shape[-1] if isinstance(x.shape[-1], int) else -1
+    runs = [channels // block] if channels != block else []  # −1 if the channels vary, too
+    kept = [0] * (len(x.shape) - 1)
+    y = op.MatMul(op.Reshape(x, op.Constant(value=onir.tensor([*kept, *runs, *sizes], dtype=onir.DataType.INT64))), right)
+    y = op.MatMul(left[0], y) if left else y
+    return op.Reshape(y, op.Constant(value=onir.tensor([*kept, channels], dtype=onir.DataType.INT64)))
 
 
 def _rms_norm(x: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
@@ -182,9 +157,12 @@ TRANSLATIONS: dict[Any, Any] = {
     SITE.blocked.default: _blocked,
     SITE.integer.default: _integer,
     SITE.gather.default: _gather,
-    FXPRESS.choose_qparams.default: _choose_qparams,
-    FXPRESS.quantize.default: _quantize,
-    FXPRESS.dequantize.default: _dequantize,
+    FXPRESS.choose_qparams.default: arithmetic.choose_qparams,
+    FXPRESS.quantize.default: arithmetic.quantize,
+    FXPRESS.dequantize.default: arithmetic.dequantize,
+    FXPRESS.pack.default: arithmetic.pack,
+    FXPRESS.unpack.default: arithmetic.unpack,
+    FXPRESS.hadamard.default: _hadamard,
     ATEN.rms_norm.default: _rms_norm,
 }
 """Operators whose translation is ours: the exporter's own is used for the rest."""

@@ -62,3 +62,16 @@ def test_a_dropped_attribute_releases_its_tensor(families):
     edit.drop(gm, node)
     with pytest.raises(AttributeError):
         _ = gm.extra.thing
+
+
+def test_inputs_and_outputs_are_added_and_changed(families):
+    gm = families("gpt2").graph()
+    past = gm.graph.find_nodes(op="placeholder")[-1]
+    batch, heads, tokens, width = edit.value(past).shape
+    added = edit.add_input(gm, "more", (batch, heads, tokens, 1), torch.float16, after=past)
+    assert (edit.value(added).dtype, edit.value(added).shape) == (torch.float16, (batch, heads, tokens, 1))
+    edit.set_input(past, (batch, heads, tokens, width // 2), torch.uint8)
+    assert (edit.value(past).dtype, edit.value(past).shape[3]) == (torch.uint8, width // 2)
+    edit.set_outputs(gm, [added, past])
+    assert gm.graph.output_node().args == ((added, past),)
+    assert gm.graph.find_nodes(op="placeholder")[-1] is added

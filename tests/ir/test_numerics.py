@@ -104,3 +104,11 @@ def test_dequantize_is_the_affine_map():
     codes = torch.tensor([[0, 7, 15]], dtype=torch.uint8)
     values = numerics.dequantize(codes, QParams(torch.tensor([[0.5]]), torch.tensor([[7]], dtype=torch.uint8)), Encoding.parse("u4[1,-1]"))
     assert values.tolist() == [[-3.5, 0.0, 4.0]]
+
+
+@pytest.mark.parametrize("text", ["i4[1,-1]dynamic*0.75", "u4[1,-1]dynamic*0.75"])
+def test_a_clip_brings_the_scales_nearer_to_zero(text):
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    clipped, whole = (numerics.choose_qparams(x, Encoding.parse(form)) for form in (text, text.removesuffix("*0.75")))
+    assert torch.allclose(clipped.scale, 0.75 * whole.scale)
+    assert numerics.fake_quantize(x, Encoding.parse(text)).abs().amax() < x.abs().amax()

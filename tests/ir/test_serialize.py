@@ -10,6 +10,7 @@ from ir.rounding import SCALE_DTYPE
 from ir.serialize import GRAPH_FILE, WEIGHTS_FILE, load_graph, save_graph
 from ir.sites import layers
 from ir.weights import set_codes
+from tests.ir.graphs import traced
 
 
 def quantized(gm, text):
@@ -39,6 +40,13 @@ def test_codes_are_packed_and_come_back(families, text, tmp_path):
     example = gm.meta["example"]
     with torch.no_grad():
         assert torch.equal(gm(*example)[0], load_graph(tmp_path)(*example)[0])
+
+
+def test_online_transforms_are_saved(tmp_path):
+    gm = traced(lambda x: torch.ops.fxpress.hadamard(x, 12).relu(), torch.randn(2, 3, 24))
+    save_graph(gm, tmp_path)
+    x = torch.randn(4, 5, 24)
+    assert torch.equal(gm(x)[0], load_graph(tmp_path)(x)[0])
 
 
 def test_fewer_bits_take_fewer_bytes(families, tmp_path):

@@ -7,7 +7,7 @@ from ir.canonical import canonicalize
 from ir.edit import add_attribute, clean, emit, set_operand
 from ir.errors import DataError, GraphError
 from ir.match import aten, find
-from ir.ops import DEQUANTIZE, QUANTIZE
+from ir.ops import DEQUANTIZE, HADAMARD, QUANTIZE
 from ir.verify import RULES, check_weights, verify
 from tests.ir.graphs import traced
 
@@ -34,6 +34,20 @@ def quantized(encoding="i8[1,-1]", scale=(6, 1), zero_point=None, codes=torch.in
     set_operand(linear, "weight", new)
     clean(gm)
     return gm
+
+
+def rotated():
+    gm = sound()
+    linear = node(gm, aten.linear.default)
+    set_operand(linear, "input", emit(gm, HADAMARD, (linear.args[0], 4), before=linear))
+    return gm
+
+
+def in_blocks_of(block):
+    def breaks(gm):
+        set_operand(node(gm, HADAMARD), "block", block)
+
+    return breaks
 
 
 def node(gm, target):
@@ -153,6 +167,8 @@ BROKEN = [
     ("encodings", lambda: quantized("u8[1,-1]", codes=torch.uint8), None, "a zero point"),
     ("encodings", lambda: quantized(zero_point=(6, 1)), None, "no zero point"),
     ("encodings", lambda: quantized("u8[1,-1]", codes=torch.uint8, zero_point=(1, 1)), None, "zero_point has shape"),
+    ("transforms", rotated, in_blocks_of(3), "3 does not divide 8; the nearest block for 8 channels is 4"),
+    ("transforms", rotated, in_blocks_of(-8), "-8 does not divide 8"),
     ("annotations", sound, annotated({"weight": "i4"}), "not an encoding"),
     ("annotations", sound, annotated({"kernel": "i4[1,-1]"}), "not a tensor operand"),
     ("annotations", sound, annotated({"bias": "i4[-1]"}), "not a tensor operand"),

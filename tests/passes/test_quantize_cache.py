@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 import transformers
@@ -43,8 +45,8 @@ def test_eight_bits_are_near_lossless_in_every_decoder(family):
 
 @pytest.mark.parametrize("options", ["", ", symmetric=True", ", dynamic=False", ", channels=True", ", group=8"])
 def test_the_error_falls_with_every_bit(options):
-    errors = [quantized("gpt2", f"quantize_cache(bits={bits}{options})")[2] for bits in (2, 3, 4, 6, 8)]
-    assert all(a > 1.3 * b for a, b in zip(errors, errors[1:], strict=False))
+    errors = [quantized("gpt2", f"quantize_cache(bits={bits}{options})")[2] for bits in (2, 3, 4, 8)]
+    assert all(a > 1.3 * b for a, b in pairwise(errors))
     assert errors[-1] < 0.01
 
 
@@ -82,6 +84,11 @@ def test_channels_of_keys_have_static_scales():
     key, value = find(gm, DEQUANTIZE)[:2]
     assert edit.attribute(gm, key.args[1]).shape == (1, 4, 1, 16)
     assert value.args[3] == "u4[1,-1]dynamic"
+
+
+def test_a_clip_is_part_of_dynamic_encodings():
+    gm, _, _ = quantized("gpt2", "quantize_cache(bits=2, channels=True, clip=0.75)")
+    assert [node.args[3] for node in find(gm, DEQUANTIZE)[:2]] == ["u2[-1,1,-1,1]", "u2[1,-1]dynamic*0.75"]
 
 
 def test_outliers_in_a_channel_of_keys_are_better_kept_by_channel():
@@ -215,7 +222,7 @@ def test_backends_are_asked():
         name = "never"
 
         def supports(self, operator, encodings, shape):
-            return f"no {operator} of {shape} as {encodings['key']}"
+            return f"no {operator} of {shape} as {', '.join(map(str, encodings.values()))}"
 
     gm = load("llama").graph()
     ctx = context(gm)
@@ -225,7 +232,11 @@ def test_backends_are_asked():
 
 
 @pytest.mark.parametrize(
-    "text", ["bits=1", "bits=9", "bits='8'", "keys=12", "bits=16", "keys=16, values=16", "group=0", "group=8, dynamic=False", "bits=True"]
+    "text",
+    [
+        *("bits=1", "bits=9", "bits='8'", "bits=True", "keys=12", "bits=16", "keys=16, values=16"),
+        *("group=0", "group=8, dynamic=False", "clip=0.0", "clip=0.9, dynamic=False"),
+    ],
 )
 def test_options_that_make_no_sense_are_refused(text):
     with pytest.raises(OptionError):

@@ -5,9 +5,10 @@ import torch
 
 from backends.onnx_qdq import OnnxQdq
 from backends.onnx_qdq.forms import BLOCKED, block_size, stored_width
+from ir.capture import capture
 from ir.encoding import Encoding
 from ir.errors import BackendError
-from tests.backends.onnx_qdq.conftest import branches, relative
+from tests.backends.onnx_qdq.conftest import branches, quantized, relative
 
 WEIGHT_ONLY = {
     "i4_32": "i4[1,32]", "u4_32": "u4[1,32]", "u4_64_ragged": "u4[1,64]", "i4_row": "i4[1,-1]", "u4_tensor": "u4[-1]",
@@ -113,3 +114,31 @@ def test_a_graph_with_a_refused_site_names_the_module():
     gm = branches({"odd": ("i4[1,24]", None)})
     with pytest.raises(BackendError, match=r"linears\.odd"):
         OnnxQdq().lower(gm, [torch.randn(2, 5, 96)], [])
+
+
+class Rotated(torch.nn.Module):
+    """A Hadamard transform that is an output, and read by two linears."""
+
+    def __init__(self, columns, block):
+        super().__init__()
+        self.block = block
+        self.token, self.groups = (torch.nn.Linear(columns, 64) for _ in range(2))
+
+    def forward(self, x):
+        y = torch.ops.fxpress.hadamard(x.relu(), self.block)
+        return y, self.token(y), self.groups(y)
+
+
+@pytest.mark.parametrize(("columns", "block", "products"), [(704, 704, 2), (96, 32, 1), (704, 352, 2), (512, 256, 2)])
+def test_online_hadamards_are_kronecker_products(columns, block, products):
+    torch.manual_seed(0)
+    gm = capture(Rotated(columns, block), args=(torch.randn(2, 3, columns),))
+    quantized(gm, {"token": ("i4[1,-1]", "i8[1,-1]dynamic"), "groups": ("i4[1,32]", None)})
+    executable = OnnxQdq(accuracy_level=1, threads=1).lower(gm, [torch.randn(2, 5, columns)], [])
+    operators = executable.report()["operators"]
+    assert (operators["MatMul"], operators["Reshape"]) == (products, 2)
+    assert (operators["MatMulIntegerToFloat"], operators["MatMulNBits"]) == (1, 1)
+    assert {"Shape", "Concat", "Transpose"}.isdisjoint(operators)
+    for batch, length in ((1, 1), (3, 7)):
+        x = torch.randn(batch, length, columns)
+        assert max(relative(ours, oracle) for ours, oracle in zip(executable(x), gm(x), strict=True)) < 1e-5

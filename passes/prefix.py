@@ -1,0 +1,123 @@
+"""`Prefix`: the inputs of layers, block after block, from a prefix of the graph that changes on the way; and from the model as it was."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ir import edit, evaluate
+from ir.blocks import Block, blocks
+from ir.errors import DataError
+from ir.ops import DEQUANTIZE, QUANTIZE
+from ir.sites import Layer
+from passes.base import Context
+
+Values = dict[Node, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What layers that read one tensor get, over all calibration tokens.
+
+    Args:
+        layers: the readers.
+        gram: `X̂ᵀX̂ / tokens [K, K]`, `X̂` from the graph as it is now.
+        cross: `XᵀX̂ / tokens [K, K]`, `X` from the graph as it was, without rounded activations; None if not asked for.
+    """
+
+    layers: list[Layer]
+    gram: Tensor
+    cross: Tensor | None
+
+
+@dataclass
+class _Stream:
+    """One graph run block by block: what enters the next block, for each batch."""
+
+    gm: GraphModule
+    outside: list[Node]
+    entering: list[Values] = field(default_factory=list)
+
+    def values(self, block: Block, index: int, batch: Sequence[Tensor], keep: Sequence[Node]) -> Values:
+        """The values of `keep`, nodes of the block, for one batch."""
+        given = evaluate.bind(self.gm, batch) | self.entering[index]
+        needed = evaluate.ancestors(keep, stop=given)
+        known = [node for node in (*self.outside, *block.nodes) if node in needed]
+        # Since the graph was cut, weights have been rounded: what makes floats of their codes runs first.
+        weights = [node for node in needed.difference(known) if node.op == "call_function"]
+        return evaluate.evaluate(self.gm, [*weights, *known], given, keep)
+
+
+class Prefix:
+    """Inputs of layers in the order that they run: change the layers that `inputs` yields, and what follows sees the change.
+
+    The graph is cut at the residual stream, so memory holds the stream of all samples and one block's activations of one batch; twice the
+    stream if `exact` asks for the model as it was, whose weights are then released block by block.
+
+    Args:
+        gm: the graph.
+        ctx: with calibration data.
+        pending: the layers whose inputs are wanted, by node.
+        exact: keep the model as it was beside.
+    """
+
+    def __init__(self, gm: GraphModule, ctx: Context, pending: dict[Node, Layer], *, exact: bool = False) -> None:
+        self.gm, self.ctx, self.pending = gm, ctx, pending
+        outside, self.cut = blocks(gm)
+        self.now = _Stream(gm, outside, [{} for _ in ctx.calibration])
+        self.was: _Stream | None = None
+        if exact:
+            copy = edit.copied(gm)
+            self.twin = dict(zip(gm.graph.nodes, copy.graph.nodes, strict=True))
+            for node in list(copy.graph.nodes):
+                if _unrounded(node) is not node:
+                    edit.replace(node, _unrounded(node))
+            self.was = _Stream(copy, [self.twin[node] for node in outside], [{} for _ in ctx.calibration])
+
+    def inputs(self, doing: str) -> Iterator[Inputs]:
+        """The inputs of all pending layers, tensor by tensor."""
+        for block in self.ctx.track(self.cut, doing):
+            for source in dict.fromkeys(node.args[0] for node in block.nodes if node in self.pending):
+                assert isinstance(source, Node)
+                yield self._inputs(block, source)
+            if block is not self.cut[-1]:
+                self._advance(block)
+
+    def _inputs(self, block: Block, source: Node) -> Inputs:
+        size = edit.value(source).shape[-1]
+        gram, cross = torch.zeros(size, size), torch.zeros(size, size) if self.was else None
+        count = 0
+        for index, batch in enumerate(self.ctx.calibration):
+            x = self.now.values(block, index, batch, [source])[source].flatten(0, -2).float()
+            gram.addmm_(x.T, x)
+            count += len(x)
+            if self.was is not None and cross is not None:
+                exact = self.twin[_unrounded(source)]
+                cross.addmm_(self.was.values(self._twin(block), index, batch, [exact])[exact].flatten(0, -2).float().T, x)
+        if not torch.isfinite(gram).all():
+            raise DataError("the inputs of a layer are not finite on the calibration data", where=edit.module_path(source))
+        layers = [self.pending[node] for node in block.nodes if node in self.pending and node.args[0] is source]
+        return Inputs(layers, gram / max(count, 1), None if cross is None else cross / max(count, 1))
+
+    def _advance(self, block: Block) -> None:
+        """Let both streams enter the next block."""
+        for stream, own in ((self.now, block), (self.was, self._twin(block) if self.was else block)):
+            if stream is not None:
+                batches = enumerate(self.ctx.calibration)
+                stream.entering = [stream.values(own, index, batch, own.exit) for index, batch in batches]
+
+    def _twin(self, block: Block) -> Block:
+        """A block of the model as it was."""
+        return Block(*(tuple(self.twin[node] for node in part) for part in (block.nodes, block.entry, block.exit)))
+
+
+def _unrounded(node: Node) -> Node:
+    """What is rounded, if `node` is an activation after rounding."""
+    if node.target is DEQUANTIZE and isinstance(node.args[0], Node) and node.args[0].target is QUANTIZE:
+        source = node.args[0].args[0]
+        assert isinstance(source, Node)
+        return source
+    return node

@@ -1,0 +1,162 @@
+"""`Student`: a graph as it will be after maps, rotations and rounding that are still being learned, evaluated with gradients."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from ir import edit, hadamard, maps
+from ir.channels import ChannelGroup
+from ir.encoding import Encoding
+from ir.match import operand
+from ir.numerics import choose_qparams
+from ir.rounding import search_qparams
+from ir.sites import Layer, readers
+from ir.straight_through import clip_shape, fake_quantize
+
+Values = dict[Node, Any]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where learning starts, and what is learned.
+
+    Args:
+        clip: ratio of dynamic activations.
+        scales, rotations, clips: which parameters there are; those of weights' clips follow `clips`.
+    """
+
+    clip: float = 0.9
+    scales: bool = True
+    rotations: bool = False
+    clips: bool = True
+
+
+class Student(nn.Module):
+    """Parameters, and the graph that they make.
+
+    A scale group has `log s`, whose mean is kept at zero: a common factor changes nothing (2606.09927). A rotation group has a skew matrix
+    `A`, and `R = (I − A/2)⁻¹(I + A/2)` (Cayley; SpinQuant, 2405.16406, moves on the same manifold step by step). A tensor that is rounded has
+    the clip of its scales, `exp(−softplus(p))`; so has every block of a weight, from the ratio that a search finds best.
+
+    Args:
+        gm: the graph, whose layers are annotated; it is not changed.
+        groups: channel groups that are free, of kinds SCALE and ROTATE; maps are applied to a tensor in this order.
+        online: inputs that a Hadamard operator will rotate before they are rounded, with its order.
+        start: see `Start`.
+    """
+
+    def __init__(self, gm: GraphModule, groups: Sequence[ChannelGroup], online: Mapping[Node, int], start: Start) -> None:
+        super().__init__()
+        self.gm, self.groups, self.online, self.start = gm, list(groups), dict(online), start
+        self.layers: dict[Node, Layer] = {
+            layer.node: layer
+            for found in readers(gm).values()
+            for layer in found
+            if layer.site("weight").encoding and layer.weight.op == "get_attr"
+        }
+        self.maps = nn.ParameterList([_neutral(group) for group in self.groups])
+        self.input_clips: dict[Node, nn.Parameter] = {}
+        self.weight_clips: dict[Node, nn.Parameter] = {}
+        for node, layer in self.layers.items():
+            if layer.site("input").encoding is not None:
+                initial = torch.tensor(_inverse(min(start.clip, 0.995)))
+                self.input_clips.setdefault(layer.site("input").operand, nn.Parameter(initial, requires_grad=start.clips))
+            self.weight_clips[node] = nn.Parameter(self._best_clip(layer), requires_grad=start.clips)
+
+    def _best_clip(self, layer: Layer) -> Tensor:
+        """What `search_qparams` finds, as parameters."""
+        encoding = _of(layer, "weight")
+        weight = self._turned(layer, edit.attribute(self.gm, layer.weight).detach().float())
+        found = search_qparams(weight, encoding, torch.ones(weight.shape[1])).scale.float()
+        widest = choose_qparams(weight, encoding).scale
+        return _inverse_of((found / widest).clamp(0.05, 0.995)).reshape(clip_shape(tuple(weight.shape), encoding))
+
+    def matrix(self, index: int) -> Tensor:
+        """The map of a group: factors, or matrices."""
+        group, parameter = self.groups[index], self.maps[index]
+        if parameter.ndim == 1:
+            return (parameter.mean() - parameter).exp()  # 1/s
+        skew = parameter - parameter.mT
+        eye = torch.eye(group.block)
+        return torch.linalg.solve(eye - skew / 2, eye + skew / 2).expand(group.blocks, -1, -1)
+
+    def tensors(self) -> dict[Node, Tensor]:
+        """Every stored tensor that the maps change, by its get_attr node; or by its norm, where that has no gain yet."""
+        changed: dict[Node, Tensor] = {}
+        for index, group in enumerate(self.groups):
+            M = self.matrix(index)
+            for member in group.members:
+                old = changed.get(member.node)
+                changed[member.node] = maps.mapped(self._stored(member.node) if old is None else old, member, M)
+        return changed
+
+    def _stored(self, node: Node) -> Tensor:
+        if node.op == "get_attr":
+            return edit.attribute(self.gm, node).detach().float()
+        return torch.ones(operand(node, "normalized_shape"))
+
+    def run(self, nodes: Sequence[Node], given: Values, keep: Sequence[Node], tensors: Mapping[Node, Tensor]) -> Values:
+        """The values of `keep` after `nodes` are evaluated in order, with gradients where they are enabled."""
+        environment = dict(given)
+
+        def read(node: Node) -> Any:
+            if node.op == "get_attr":
+                return tensors.get(node, edit.attribute(self.gm, node).detach())
+            return environment[node]
+
+        for node in nodes:
+            if node.op != "call_function":
+                continue
+            if node in self.layers:
+                environment[node] = self._linear(self.layers[node], read)
+                continue
+            args, kwargs = map_arg((node.args, node.kwargs), read)
+            if node in tensors:  # a norm that gets a gain
+                args = (*args[:2], tensors[node], *args[3:])
+            environment[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return {node: environment[node] for node in keep}
+
+    def _linear(self, layer: Layer, read: Any) -> Tensor:
+        """A linear with both operands rounded."""
+        source, bias = layer.site("input").operand, operand(layer.node, "bias")
+        x, weight = read(source), self._turned(layer, read(layer.weight))
+        if source in self.online:
+            x = hadamard.transform(x, self.online[source])
+        if source in self.input_clips and layer.site("input").encoding is not None:
+            x = fake_quantize(x, _of(layer, "input"), clip(self.input_clips[source]))
+        weight = fake_quantize(weight, _of(layer, "weight"), clip(self.weight_clips[layer.node]))
+        return torch.nn.functional.linear(x, weight, read(bias) if isinstance(bias, Node) else None)
+
+    def _turned(self, layer: Layer, weight: Tensor) -> Tensor:
+        order = self.online.get(layer.site("input").operand)
+        return weight if order is None else hadamard.transform(weight, order)
+
+
+def clip(parameter: Tensor) -> Tensor:
+    """The ratio that a parameter stands for, between 0 and 1."""
+    return torch.exp(-torch.nn.functional.softplus(parameter))
+
+
+def _inverse(ratio: float) -> float:
+    return float(_inverse_of(torch.tensor(ratio)))
+
+
+def _inverse_of(ratio: Tensor) -> Tensor:
+    return torch.expm1(-ratio.log()).log()
+
+
+def _neutral(group: ChannelGroup) -> nn.Parameter:
+    """The parameters of the identity."""
+    mixing = group.kind.value == "rotate"
+    return nn.Parameter(torch.zeros(group.block, group.block) if mixing else torch.zeros(group.size))
+
+
+def _of(layer: Layer, name: str) -> Encoding:
+    encoding = layer.site(name).encoding
+    assert encoding is not None
+    return encoding

@@ -1,7 +1,7 @@
 """Invertible transforms of blocks of channels that leave the activation and its readers the same covariance, in closed form.
 
 A linear layer `Y = X Wᵀ` is `(X Tᵀ)(W T⁻¹)ᵀ` for any invertible `T`. With one scale a token and one an output channel, and a rotation that
-spreads each row evenly, rounding errors grow with `‖X Tᵀ‖_F · ‖W T⁻¹‖_F`. The least value of this product is the nuclear norm of `W Xᵀ`; for
+spreads each row evenly, rounding errors grow with `‖X Tᵀ‖_F · ‖W T⁻¹‖_F`. The least value of that is the nuclear norm of `W Xᵀ`; for
 block-diagonal `T` it is the sum of the blocks' nuclear norms, reached in closed form (the idea of WUSH, 2512.00956). Diagonal ones reach
 `Σ ‖x_j‖ ‖w_j‖`, with `s_j = √(‖x_j‖ / ‖w_j‖)`.
 
@@ -110,8 +110,8 @@ def grouping(gram_x: Tensor, gram_w: Tensor, block: int) -> Tensor:
     """An order of the channels that puts into one block those that gain by sharing one, int64 `[n]`.
 
     Two channels gain the more, the less their correlation in X agrees with that in W: to second order by
-    `√(‖x_i‖‖w_i‖ ‖x_j‖‖w_j‖) (c_x − c_w)²`. Blocks are filled greedily: the free channel that could gain most from one other, then always the
-    one that gains most from all in the block.
+    `√(‖x_i‖‖w_i‖ ‖x_j‖‖w_j‖) (c_x − c_w)²`. Blocks are filled greedily: the free channel that could gain most from one other, then
+    always the one that gains most from all in the block.
 
     Raises:
         OptionError, DataError: as `balanced`.

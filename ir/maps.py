@@ -79,18 +79,18 @@ def mapped(tensor: Tensor, member: Member, M: Tensor) -> Tensor:
         factors = M if member.power == 1 else 1 / M
         own = torch.where(member.channels >= 0, factors[member.channels.clamp_min(0)], torch.ones_like(factors[:1]))
         return tensor * own.reshape([-1 if axis == member.axis else 1 for axis in range(tensor.ndim)])
-    positions, block = _positions(member, M.shape[-1])
+    found, block = positions(member, M.shape[-1])
     rows = tensor.movedim(member.axis, 0)
     if M.ndim == 2:
-        y = rows[positions.gather(1, M[block]).flatten()]
+        y = rows[found.gather(1, M[block]).flatten()]
     else:
         matrices = M if member.power == 1 else torch.linalg.inv(M).mT
-        x = rows[positions].flatten(2) if rows.ndim > 1 else rows[positions].unsqueeze(-1)
+        x = rows[found].flatten(2) if rows.ndim > 1 else rows[found].unsqueeze(-1)
         y = (matrices[block] @ x).reshape(-1, *rows.shape[1:])
-    return rows.index_copy(0, positions.flatten(), y).movedim(0, member.axis)
+    return rows.index_copy(0, found.flatten(), y).movedim(0, member.axis)
 
 
-def _positions(member: Member, size: int) -> tuple[Tensor, Tensor]:
+def positions(member: Member, size: int) -> tuple[Tensor, Tensor]:
     """Where copies of blocks lie along an axis `[copies, size]`, in the order of their channels, and which block each is `[copies]`.
 
     A channel that appears several times belongs to several copies, in the order of its positions.

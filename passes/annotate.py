@@ -13,7 +13,7 @@ from ir.sites import Layer, check_patterns, heads, layers, matches
 from passes.base import Context, Effect, Pass
 
 # Scheme: bits of weights, bits of activations (16: left in floating point).
-SCHEMES = {f"W{w}A{a}": (w, a) for w, a in ((8, 8), (8, 16), (4, 16), (3, 16), (2, 16), (1, 16), (4, 8), (4, 4), (6, 16), (5, 16))}
+SCHEMES = {f"W{w}A{a}": (w, a) for w, a in ((8, 8), (8, 16), (4, 16), (3, 16), (2, 16), (1, 16), (4, 8), (4, 4), (3, 3), (6, 16), (5, 16))}
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Annotate(Pass):
         %2 = aten.linear(%1, %w) {input: i8[1,-1]dynamic, weight: i8[1,-1]}
 
     Args:
-        scheme: W8A8, W8A16, W6A16, W5A16, W4A16, W3A16, W2A16, W1A16, W4A8 or W4A4.
+        scheme: W8A8, W8A16, W6A16, W5A16, W4A16, W3A16, W2A16, W1A16, W4A8, W4A4 or W3A3.
         group: weights along the input axis that share a scale; -1 for one scale per output channel.
         symmetric: weights without a zero point.
         dynamic: activations get a scale per token at run time; else one per tensor, from `observe`.

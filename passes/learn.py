@@ -35,7 +35,7 @@ class Learn(Pass):
 
         %1 = aten.rms_norm(%x, [64], %1_over_s); %2 = aten.linear(%1, %q_s) {input: i4[1,-1]dynamic*0.87, weight: i4[1,-1]}
 
-    Law: as `smooth` and `rotate`; what is learned are the maps, which keep the function, and the clips, which are annotations. Weights are
+    Law: as `smooth_channels` and `rotate_channels`; what is learned are the maps, which keep the function, and the clips, which are annotations. Weights are
     rounded to nearest while learning; `round_weights` then chooses their integers, and the clips of their scales, anew.
 
     Scales (T1 to T3 of 2606.09927, over all linears), rotations (R1 and R2, after SpinQuant 2405.16406) and clips (after OmniQuant
@@ -45,7 +45,7 @@ class Learn(Pass):
     is kept.
 
     Limits: 1. weights are not quantized yet; 2. rotations need norms without gains, and are not learned with `loss="block"`; 3. the loss of
-    the whole model keeps its activations in memory. Groups that are frozen are left, as `smooth` and `rotate` note.
+    the whole model keeps its activations in memory. Groups that are frozen are left, as `smooth_channels` and `rotate_channels` note.
 
     Args:
         parts: what is learned: "scales", "rotations", "clips".
@@ -54,7 +54,7 @@ class Learn(Pass):
         rate: learning rate.
         rows: samples of a batch in a step.
         clip: ratio that activations start from.
-        rotated: learn as if `rotate` with R4 came next.
+        rotated: learn as if `rotate_channels` with R4 came next.
         seed: of the order of samples.
 
     Raises:
@@ -105,14 +105,15 @@ class Learn(Pass):
         with torch.enable_grad():
             (_learn_model if self.loss == "model" else _learn_blocks)(self, gm, ctx, student)
         with torch.no_grad():
+            student.maps.double()
             matrices = [student.matrix(index) for index in range(len(groups))]
         for group, M in zip(groups, matrices, strict=True):
-            maps.apply(gm, group, M.double())
+            maps.apply(gm, group, M)
         for source, parameter in student.input_clips.items():
             for user in [layer for layer in layers(gm) if layer.kind == "Linear" and layer.site("input").operand is source]:
                 encoding = user.site("input").encoding
                 if encoding is not None and encoding.dynamic:
-                    user.site("input").annotate(replace(encoding, clip=max(0.01, float(clip(parameter)))))
+                    user.site("input").annotate(replace(encoding, clip=max(0.01, float(clip(parameter.detach())))))
         return len(groups) + len(student.input_clips)
 
 

@@ -9,11 +9,17 @@ from ir.errors import OptionError
 from passes.annotate import Annotate
 from passes.base import Pass
 from passes.canonicalize import Canonicalize
+from passes.clip_activations import ClipActivations
 from passes.observe import Observe
 from passes.pipeline import Pipeline
 from passes.quantize import Quantize
 from passes.quantize_cache import FLOAT, QuantizeCache
+from passes.rotate_channels import RotateChannels
 from passes.round_weights import RoundWeights
+from passes.smooth_channels import PLACES, SmoothChannels
+from passes.transforms import MLP, OPENED, transformed
+
+PROPAGATION = 0.25  # of the prefix's error: all of it follows the calibration data too closely
 
 
 def weight_only(
@@ -47,6 +53,7 @@ def weight_only(
 def both(
     scheme: str,
     *,
+    transform: str = "none",
     dynamic: bool = True,
     rounding: str = "nearest",
     quantile: float = 1.0,
@@ -58,6 +65,8 @@ def both(
     """Weights per output channel and activations in integers.
 
     Args:
+        transform: what keeps the function and comes before: "none", "rotate", "smoothrot" (smoothing, then rotation), "quantile" (the same
+            with searched quantiles), "balance" (block transforms in closed form) or "learned" (scales and clips). All but "none" rotate.
         dynamic: activations get a scale per token at run time; else one per tensor, from calibration data.
         quantile: of |x|, to which static ranges are clipped.
         rounding: "nearest", or "gptq" (needs calibration data).
@@ -69,9 +78,30 @@ def both(
     marks = Annotate(scheme, dynamic=dynamic, ignore=cast("tuple[str, ...]", ignore), head=head, embeddings=embeddings)
     if dynamic and quantile != 1.0:
         raise OptionError("quantile clips static ranges", where="quantile", remedy="set dynamic=False too")
-    # Statistics come after the weights are rounded, so that they describe the model that will run.
-    observed = () if dynamic else (Observe(),)
-    return Pipeline((Canonicalize(), marks, RoundWeights(rounding), *observed, Quantize(quantile), *_cached(cache)))
+    steps = transformed(transform, marks)
+    if not dynamic:
+        # Statistics come after the weights are rounded, so that they describe the model that will run.
+        return Pipeline((*steps, RoundWeights(rounding), Observe(), Quantize(quantile), *_cached(cache)))
+    if rounding != "gptq":
+        return Pipeline((*steps, RoundWeights(rounding), Quantize(), *_cached(cache)))
+    clipped = () if transform == "learned" else (ClipActivations(),)  # which learns them with the scales
+    # GPTQ sees inputs as they will be rounded.
+    return Pipeline((*steps, *clipped, Quantize(weights=False), RoundWeights(propagation=PROPAGATION), *_cached(cache)))
+
+
+def rotate(where: Sequence[str] = ("R1", "R2", "R4"), kind: str = "hadamard", block: int = -1, seed: int = 0) -> Pipeline:
+    """Rotations only; options as of `rotate_channels`."""
+    return Pipeline((*OPENED, RotateChannels(cast("tuple[str, ...]", where), kind, block, seed)))
+
+
+def smooth(alpha: float = 0.5, quantile: float = 1.0, mean: bool = False, search: bool = False, where: Sequence[str] = PLACES) -> Pipeline:
+    """Smoothing only; options as of `smooth_channels`."""
+    return Pipeline((*OPENED, SmoothChannels(alpha, quantile, mean, search, where=cast("tuple[str, ...]", where))))
+
+
+def smoothrot(alpha: float = 0.5, quantile: float = 1.0, search: bool = False) -> Pipeline:
+    """Smoothing of what a gate or a ReLU writes, then rotation: SmoothRot (2506.05413), with quantiles (2606.09927)."""
+    return Pipeline((*OPENED, SmoothChannels(alpha, quantile, search=search, rotated=search, where=MLP), RotateChannels()))
 
 
 def _cached(bits: int) -> tuple[Pass, ...]:
@@ -85,7 +115,8 @@ w3a16 = partial(weight_only, 3)
 w2a16 = partial(weight_only, 2)
 w8a8 = partial(both, "W8A8")
 w4a8 = partial(both, "W4A8", rounding="gptq")
-w4a4 = partial(both, "W4A4", rounding="gptq")
+w4a4 = partial(both, "W4A4", transform="balance", rounding="gptq")
+w3a3 = partial(both, "W3A3", transform="balance", rounding="gptq")
 
 
 @dataclass(frozen=True)
@@ -103,8 +134,12 @@ PRESETS = {
     "w3a16": Preset(w3a16, "3-bit weights in groups of 64 with zero points, by GPTQ"),
     "w2a16": Preset(w2a16, "2-bit weights in groups of 64 with zero points, by GPTQ"),
     "w4a8": Preset(w4a8, "4-bit weights per channel by GPTQ, 8-bit activations per token"),
-    "w4a4": Preset(w4a4, "4-bit weights per channel by GPTQ, 4-bit activations per token"),
+    "w4a4": Preset(w4a4, "4-bit weights per channel by GPTQ, 4-bit activations per token, after rotations and block transforms"),
+    "w3a3": Preset(w3a3, "3-bit weights and activations, likewise"),
+    "rotate": Preset(rotate, "rotations only, folded into weights where possible"),
+    "smooth": Preset(smooth, "smoothing only, folded into norms and weights"),
+    "smoothrot": Preset(smoothrot, "smoothing of the down projections' inputs, then rotations"),
 }
 
 # Ready made, to be spread into a pipeline of one's own: `[MyPass(), *presets.W4A16]`.
-W8A8, W8A16, W4A16, W3A16, W2A16, W4A8, W4A4 = (preset.make() for preset in PRESETS.values())
+W8A8, W8A16, W4A16, W3A16, W2A16, W4A8, W4A4, W3A3 = (PRESETS[name].make() for name in list(PRESETS)[:8])

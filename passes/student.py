@@ -82,7 +82,7 @@ class Student(nn.Module):
         if parameter.ndim == 1:
             return (parameter.mean() - parameter).exp()  # 1/s
         skew = parameter - parameter.mT
-        eye = torch.eye(group.block)
+        eye = torch.eye(group.block, dtype=skew.dtype)
         return torch.linalg.solve(eye - skew / 2, eye + skew / 2).expand(group.blocks, -1, -1)
 
     def tensors(self) -> dict[Node, Tensor]:

@@ -50,7 +50,7 @@ def _close(flow: Flow, signature: Signature | None, cache: dict[str, Node]) -> N
     outputs = flow.gm.graph.output_node().args[0]
     names = [port.name for port in signature.outputs] if signature else [""] * len(outputs)  # type: ignore[arg-type]
     for node, name in zip(outputs, names, strict=True):  # type: ignore[arg-type]
-        labels = flow.labels.get(node)  # type: ignore[arg-type]
+        labels = flow.labels.get(node)
         past = cache.pop(name.removeprefix(PRESENT), None) if name.startswith(f"{PRESENT}.") else None
         if past is not None and labels is not None and labels.shape == flow.labels[past].shape:
             flow.tie(flow.labels[past], labels)

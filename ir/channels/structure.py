@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from ir import edit
-from ir.channels.flow import Flow, Labels, Map, Rule, where
+from ir.channels.flow import MIXING, Flow, Labels, Map, Rule, where
 from ir.channels.shapes import in_order, label_shape, shared_axes
 from ir.match import aten, operand, operands
 
@@ -85,15 +85,28 @@ def cat(flow: Flow, node: Node) -> Labels | None:
     flow.taken.add("tensors")
     known: list[Labels] = [labels for labels in found if labels is not None]
     if node.target is aten.stack.default:
-        return flow.distinct(torch.stack(known, axis))
+        return torch.stack(_apart(flow, known), axis)
     if isinstance(edit.value(node).shape[axis], int):
-        return flow.distinct(torch.cat(known, axis))
+        return torch.cat(_apart(flow, known), axis)
     first, *others = (flow.merge(labels, axis) for labels in known)
     for labels in others:
         flow.tie(labels, first)
     for labels in (first, *others):
         flow.limit(labels)
     return first
+
+
+def _apart(flow: Flow, known: list[Labels]) -> list[Labels]:
+    """Labels of values that share no atoms: those of values with one origin may tell their copies of a block apart in ways of their own."""
+    joined = torch.cat([labels.flatten() for labels in known])
+    if flow.kind not in MIXING or torch.unique(joined).numel() == joined.numel():
+        return known
+    made = [flow.fresh(labels.shape) for labels in known]
+    for new, labels in zip(made, known, strict=True):
+        flow.tie(new, labels)
+        flow.limit(new)
+        flow.limit(labels)
+    return made
 
 
 def filled(flow: Flow, node: Node) -> Labels | None:

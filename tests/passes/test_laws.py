@@ -25,8 +25,11 @@ FAMILIES = ("llama_tied", "gpt2", "gemma2")
 BEFORE = {
     "fold_norm": "untie",
     "center_norm": "untie, fold_norm",
-    "smooth": "untie, fold_norm",
-    "rotate": "untie, fold_norm, center_norm",
+    "balance_channels": "untie",
+    "learn": "untie, fold_norm, center_norm, annotate(scheme='W4A4')",
+    "clip_activations": "untie, annotate(scheme='W4A4')",
+    "smooth_channels": "untie, fold_norm",
+    "rotate_channels": "untie, fold_norm, center_norm",
     "round_weights": "untie, annotate(scheme='W4A16', group=32)",
     "quantize": "untie, annotate",
 }
@@ -39,11 +42,14 @@ OPTIONS = [
     ("round_weights(act_order=True)", "annotate(scheme='W2A16', group=32, symmetric=False)"),
     ("quantize(quantile=0.99)", "annotate(dynamic=False), observe"),
     ("quantize", "annotate(scheme='W4A4')"),
-    ("smooth(search=True, rotated=True)", "untie, fold_norm, annotate(scheme='W4A4', ignore=('re:.*down_proj',))"),
-    ("smooth(mean=True, alpha=1.0, where=('mlp', 'values'))", "untie, observe"),
-    ("rotate(where=('R1', 'R2', 'R3', 'R4'), kind='orthogonal', block=16, seed=1)", "untie, fold_norm, center_norm"),
+    ("smooth_channels(search=True, rotated=True)", "untie, fold_norm, annotate(scheme='W4A4', ignore=('re:.*down_proj',))"),
+    ("smooth_channels(mean=True, alpha=1.0, where=('mlp', 'values'))", "untie, observe"),
+    ("balance_channels(online=True, block=16)", "untie"),
+    ("learn(parts=['rotations', 'clips'], steps=4, rows=1)", "untie, fold_norm, center_norm, annotate(scheme='W4A8')"),
+    ("learn(loss='block', steps=2)", "untie, fold_norm, annotate(scheme='W4A16', group=32, symmetric=False)"),
+    ("rotate_channels(where=('R1', 'R2', 'R3', 'R4'), kind='orthogonal', block=16, seed=1)", "untie, fold_norm, center_norm"),
 ]
-MAPS = {"smooth", "rotate"}  # they compose; the other passes that keep the function normalize it, and find nothing the second time
+MAPS = {"smooth_channels", "rotate_channels", "balance_channels", "learn"}  # they compose; the others find nothing the second time
 CASES = [(name, BEFORE.get(name, "")) for name in registry.passes()] + OPTIONS
 
 
@@ -112,7 +118,7 @@ def test_passes_that_keep_the_function_keep_it_in_float64(family):
     assert relative_error(canonical, before) <= 1e-6  # models compute norms and rotary tables in float32 even so
     for name, kind in registry.passes().items():
         if kind.effect is Effect.PRESERVE:
-            run(gm, f"untie, {name}", CALIBRATION)
+            run(gm, f"untie, {BEFORE.get(name, '')}, {name}".replace(", ,", ","), CALIBRATION)
             assert relative_error(evaluate.run(gm, inputs), canonical) <= 1e-9, name
 
 

@@ -1,4 +1,4 @@
-"""`rotate`: spread outliers over all channels by orthogonal maps, offline where the graph allows it and online where not."""
+"""`rotate_channels`: spread outliers over all channels by orthogonal maps, offline where the graph allows it and online where not."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ KINDS: dict[str, Callable[[int, int], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class Rotate(Pass):
+class RotateChannels(Pass):
     """Rotate channels, so that no channel is far greater than the others.
 
     Before::
@@ -68,12 +68,16 @@ class Rotate(Pass):
         where = (self.where,) if isinstance(self.where, str) else tuple(self.where)
         object.__setattr__(self, "where", where)
         if not where or set(where) - set(ROTATIONS):
-            raise OptionError(f"there is no rotation {list(where)}", where="rotate(where=...)", remedy=f"there are {list(ROTATIONS)}")
+            raise OptionError(
+                f"there is no rotation {list(where)}", where="rotate_channels(where=...)", remedy=f"there are {list(ROTATIONS)}"
+            )
         if self.kind not in KINDS:
-            raise OptionError(f"there is no rotation of kind {self.kind!r}", where="rotate(kind=...)", remedy=f"there are {list(KINDS)}")
+            raise OptionError(
+                f"there is no rotation of kind {self.kind!r}", where="rotate_channels(kind=...)", remedy=f"there are {list(KINDS)}"
+            )
         if self.block != -1 and (self.block < 2 or not hadamard.exists(self.block)):
             raise OptionError(
-                f"no Hadamard matrix of order {self.block} can be made", where="rotate(block=...)", remedy="powers of two work"
+                f"no Hadamard matrix of order {self.block} can be made", where="rotate_channels(block=...)", remedy="powers of two work"
             )
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
@@ -88,7 +92,7 @@ class Rotate(Pass):
                 maps.apply(gm, group, self._matrix(group, self.seed + index))
                 changed += 1
             elif name in self.where and group.reason and {member.node for member in group.readers} - elsewhere:
-                ctx.notes.append(f"rotate: {name} left out {_names(group)}: {group.reason}")
+                ctx.notes.append(f"rotate_channels: {name} left out {_names(group)}: {group.reason}")
         if "R3" in self.where:
             changed += sum(self._compare(gm, site, met) for site, met in _comparisons(gm, groups, ctx))
         if "R4" in self.where:
@@ -148,7 +152,7 @@ def _comparisons(gm: GraphModule, groups: list[ChannelGroup], ctx: Context) -> I
             continue
         found, reason = ([], site) if isinstance(site, str) else queries(site)
         if reason:
-            ctx.notes.append(f"rotate: R3 left out the keys {name}: {reason}")
+            ctx.notes.append(f"rotate_channels: R3 left out the keys {name}: {reason}")
         elif not isinstance(site, str) and not _written_by(site.new) & offline:
             yield site, found
 

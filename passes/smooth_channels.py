@@ -1,4 +1,4 @@
-"""`smooth`: move the range of activations into weights, channel by channel."""
+"""`smooth_channels`: move the range of activations into weights, channel by channel."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ SAMPLE = 512  # tokens of the calibration data that policies are compared on
 
 
 @dataclass(frozen=True)
-class Smooth(Pass):
+class SmoothChannels(Pass):
     """Divide the channels of activations by scales `s`, and multiply the columns that read them.
 
     Before::
@@ -45,7 +45,7 @@ class Smooth(Pass):
         mean: take the mean of |x| instead of a quantile.
         search: choose α and quantile for each group by the error of its readers in the annotated encodings (4 bits if there are none),
             on 512 calibration tokens: the grids N1 and N2 of 2606.09927, then the product of their best.
-        rotated: the error of the search is that behind a Hadamard rotation (`rotate` with R4 comes next).
+        rotated: the error of the search is that behind a Hadamard rotation (`rotate_channels` with R4 comes next).
         where: "norm" (what norms write), "mlp" (what a linear writes and another reads, through a gate or a ReLU), "values" (of attention).
 
     Statistics come from an `observe` before it, else they are measured now.
@@ -66,14 +66,16 @@ class Smooth(Pass):
         where = (self.where,) if isinstance(self.where, str) else tuple(self.where)
         object.__setattr__(self, "where", where)
         if not where or set(where) - set(PLACES):
-            raise OptionError(f"scales cannot be folded into {list(where)}", where="smooth(where=...)", remedy=f"there are {list(PLACES)}")
+            raise OptionError(
+                f"scales cannot be folded into {list(where)}", where="smooth_channels(where=...)", remedy=f"there are {list(PLACES)}"
+            )
         if not 0 <= self.alpha <= 1 or not 0 < self.quantile <= 1:
             raise OptionError("alpha lies from 0 to 1, quantile above 0 and up to 1", where=str(self))
 
     def requires(self, gm: GraphModule, ctx: Context) -> None:
         """Statistics or calibration data; the data, for the search."""
         if not ctx.calibration and (self.search or ctx.statistics is None):
-            raise DataError("smooth needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
+            raise DataError("smooth_channels needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Scale group by group."""
@@ -86,7 +88,7 @@ class Smooth(Pass):
             if not read or (group.writers and _place(group, values) not in self.where):
                 continue
             if group.reason:
-                ctx.notes.append(f"smooth: left out {read[0].layer.path}: {group.reason}")
+                ctx.notes.append(f"smooth_channels: left out {read[0].layer.path}: {group.reason}")
                 continue
             plans.append(_Plan(gm, ctx, group, read))
         samples = _samples(gm, ctx, [plan.source for plan in plans]) if self.search else {}

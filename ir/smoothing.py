@@ -96,6 +96,25 @@ def scales(activation: Tensor, weight: Tensor, alpha: float, *, normalised: bool
     return centred(s) if normalised else s
 
 
+def balanced(x: Tensor | TensorStatistics, weights: Tensor | Sequence[Tensor]) -> Tensor:
+    """`s_j = √(‖x_j‖ / ‖w_j‖)`, of geometric mean 1: both sides of a channel get the same norm; 1 at dead channels. No search, no tuning.
+
+    These scales minimise `‖X Λ⁻¹‖_F ‖W Λ‖_F`, with which the errors of both sides grow once a rotation has spread every row
+    (`ir.block_transform` with blocks of one).
+
+    Args:
+        x: tokens `[..., in]`, or statistics (exact too, no sketch is needed).
+        weights: of all readers, `[out, in]` each.
+    """
+    weights = [weights] if isinstance(weights, Tensor) else weights
+    w = torch.stack([W.detach().double().square().sum(0) for W in weights]).sum(0).sqrt()
+    if isinstance(x, TensorStatistics):
+        a = x.second_moment.to(w.device).sqrt()
+    else:
+        a = x.detach().reshape(-1, x.shape[-1]).double().square().mean(0).sqrt()
+    return scales(a, w, 0.5, normalised=True).float()
+
+
 def centred(s: Tensor) -> Tensor:
     """`s` over its geometric mean."""
     return (s.log() - s.log().mean()).exp()

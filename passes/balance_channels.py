@@ -149,6 +149,6 @@ def _head_maps(gm: GraphModule, group: ChannelGroup, grams: Grams) -> Tensor:
             for moments, total in zip((grams[member.node], W.T @ W), both, strict=True):
                 for at, block in zip(*maps.positions(member, group.block), strict=True):
                     total[block] += moments[at][:, at]
-    x, w = (torch.block_diag(*side) for side in both)
+    x, w = (torch.block_diag(*side) for side in both)  # type: ignore[no-untyped-call]
     T = balanced(x, w, group.block)
     return hadamard.transform(T.mT, hadamard.largest_block(group.block)).mT

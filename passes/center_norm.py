@@ -24,11 +24,12 @@ class CenterNorm(Pass):
 
         %2 = aten.add(%1, aten.linear(%x, %w_centered)); %3 = aten.rms_norm(%2, [64], %g, 1e-05)
 
-    Law: a layer norm is an RMS norm of `C x` with `C = I − 11ᵀ/n`, and `C C = C`. If every tensor that adds to `x` is replaced by `C` of it,
-    `C x = x`. Computed in float64, stored in the weight's dtype. An RMS norm without a gain commutes with rotations, a layer norm does not.
+    Law: a layer norm is an RMS norm of `C x` with `C = I − 11ᵀ/n`, and `C C = C`. If every tensor that adds to `x` is replaced by `C` of
+    it, `C x = x`. Computed in float64, stored in the weight's dtype. An RMS norm without a gain commutes with rotations, a layer norm does
+    not.
 
-    Limits: 1. only layer norms read the channels, no linear reads them bare; 2. the norms have no bias (`fold_norm` folds it). What was left
-    is noted, with the reason.
+    Limits: 1. only layer norms read the channels, no linear reads them bare; 2. the norms have no bias (`fold_norm` folds it). What was
+    left is noted, with the reason.
     """
 
     effect: ClassVar[Effect] = Effect.PRESERVE

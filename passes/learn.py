@@ -1,9 +1,8 @@
 """`learn`: scales, rotations and clipping ratios by gradient, through the rounding that comes after."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +13,15 @@ from ir.blocks import Block, blocks
 from ir.channels import ChannelGroup, Map, channel_groups
 from ir.errors import DataError, OptionError
 from ir.online import online_inputs
+from ir.signature import PRESENT, Signature
 from ir.sites import layers
 from passes.base import Context, Effect, Pass
-from passes.student import Start, Student, Values, clip
+from passes.descent import Loss, descend, shuffled, split
+from passes.student import Student, Values, ratio
 
 PARTS = ("scales", "rotations", "clips")
 LOSSES = ("model", "block")
-WARM_UP = 10
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,14 @@ class Learn(Pass):
 
         %1 = aten.rms_norm(%x, [64], %1_over_s); %2 = aten.linear(%1, %q_s) {input: i4[1,-1]dynamic*0.87, weight: i4[1,-1]}
 
-    Law: as `smooth_channels` and `rotate_channels`; what is learned are the maps, which keep the function, and the clips, which are annotations. Weights are
-    rounded to nearest while learning; `round_weights` then chooses their integers, and the clips of their scales, anew.
+    Law: as `smooth_channels` and `rotate_channels`; what is learned are the maps, which keep the function, and the clips, which are
+    annotations. Weights are rounded to nearest while learning; `round_weights` then chooses their integers, and the clips of their scales.
 
-    Scales (T1 to T3 of 2606.09927, over all linears), rotations (R1 and R2, after SpinQuant 2405.16406) and clips (after OmniQuant
+    Scales (T1 to T3 of 2606.09927, over all linears), rotations (R1 and R2, as SpinQuant, 2405.16406) and clips (as OmniQuant,
     2308.13137) are learned together by Adam with a cosine schedule, straight-through rounding, and dynamic scales differentiated through
-    their maxima. The loss is the divergence from the unrounded model's predictions (KL, or the relative squared error of outputs that
-    are no logits), or block by block the relative squared error of a block's output. What is best on every eighth batch, which is held out,
-    is kept.
+    their maxima. The loss is the divergence from the unrounded model's predictions (KL, or the relative squared error of outputs that are
+    no logits), or block by block the relative squared error of a block's output. What is best on every eighth batch, which is held out, is
+    kept.
 
     Limits: 1. weights are not quantized yet; 2. rotations need norms without gains, and are not learned with `loss="block"`; 3. the loss of
     the whole model keeps its activations in memory. Groups that are frozen are left, as `smooth_channels` and `rotate_channels` note.
@@ -101,7 +102,7 @@ class Learn(Pass):
         online = {source: hadamard.largest_block(edit.value(source).shape[-1]) for source in inputs}
         groups = [group for group in rotations if "rotations" in self.parts and self.loss == "model" and _learnable(group)]
         groups += [group for group in channel_groups(gm, Map.SCALE) if "scales" in self.parts and _learnable(group)]
-        student = Student(gm, groups, online, Start(self.clip, clips="clips" in self.parts))
+        student = Student(gm, groups, online, self.clip, clips="clips" in self.parts)
         with torch.enable_grad():
             (_learn_model if self.loss == "model" else _learn_blocks)(self, gm, ctx, student)
         with torch.no_grad():
@@ -113,7 +114,7 @@ class Learn(Pass):
             for user in [layer for layer in layers(gm) if layer.kind == "Linear" and layer.site("input").operand is source]:
                 encoding = user.site("input").encoding
                 if encoding is not None and encoding.dynamic:
-                    user.site("input").annotate(replace(encoding, clip=max(0.01, float(clip(parameter.detach())))))
+                    user.site("input").annotate(replace(encoding, clip=max(0.01, float(ratio(parameter.detach())))))
         return len(groups) + len(student.input_clips)
 
 
@@ -124,46 +125,70 @@ def _learnable(group: ChannelGroup) -> bool:
 def _learn_model(recipe: Learn, gm: GraphModule, ctx: Context, student: Student) -> None:
     """One loss, of the model's own outputs."""
     nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
-    outputs = [node for node in _own_outputs(gm) if node.op == "call_function"]
+    outputs = {node: name for node, name in _own_outputs(gm).items() if node.op == "call_function"}
 
     def loss(batch: Sequence[Tensor]) -> Tensor:
         given = evaluate.bind(gm, batch)
-        with torch.no_grad():
-            exact = evaluate.evaluate(gm, nodes, given, outputs)
-        found = student.run(nodes, given, outputs, student.tensors())
-        return torch.stack([_distance(found[node], exact[node], logits=_is_logits(gm, node)) for node in outputs]).sum()
+        exact = evaluate.evaluate(gm, nodes, given, list(outputs))
+        found = student.run(nodes, given, list(outputs), student.tensors())
+        return torch.stack([_distance(found[node], exact[node], logits=name == "logits") for node, name in outputs.items()]).sum()
 
-    train, held = _split(ctx.calibration)
-    parameters = [*student.maps, *student.input_clips.values(), *student.weight_clips.values()]
-    _descend(recipe, ctx, parameters, loss, train, held, "learn")
+    train, held = split([list(batch) for batch in ctx.calibration])
+    samples = (_rows(batch, recipe.rows, generator) for batch, generator in shuffled(train, recipe.seed))
+    _descend(recipe, ctx, student.parameters(), loss, samples, held, "learn")
 
 
 def _learn_blocks(recipe: Learn, gm: GraphModule, ctx: Context, student: Student) -> None:
     """Block after block, the error of what it gives to the next; the inputs come from the prefix as it was learned."""
     outside, cut = blocks(gm)
-    empty: list[Values] = [{} for _ in ctx.calibration]
-    exact, rounded = list(empty), list(empty)
+    bound = [evaluate.bind(gm, batch) for batch in ctx.calibration]
+    exact, rounded = bound, bound
     for number, block in enumerate(cut):
+        keep = block.exit or tuple(node for node in _own_outputs(gm) if node in block.nodes)
         nodes = [*outside, *block.nodes]
-        last = block.exit or tuple(node for node in _own_outputs(gm) if node in block.nodes)
-        bound = [evaluate.bind(gm, batch) for batch in ctx.calibration]
+        targets = [evaluate.evaluate(gm, _needed(nodes, keep, given), given, keep) for given in exact]
+        imitation = _Imitation(student, nodes, keep, rounded, targets)
+        train, held = split(range(len(bound)))
+        samples = (index for index, _ in shuffled(train, recipe.seed))
+        doing = f"learn block {number + 1} of {len(cut)}"
+        _descend(recipe, ctx, _parameters_of(student, block), imitation.loss, samples, held, doing)
         with torch.no_grad():
-            target = [evaluate.evaluate(gm, _needed(nodes, last, b | e), b | e, last) for b, e in zip(bound, exact, strict=True)]
+            rounded = [given | imitation.run(index) for index, given in enumerate(bound)]
+        exact = [given | target for given, target in zip(bound, targets, strict=True)]
 
-        def loss(index: int, nodes: list[Node] = nodes, last: Sequence[Node] = last, target: list[Values] = target) -> Tensor:
-            given = evaluate.bind(gm, ctx.calibration[index]) | rounded[index]
-            found = student.run(_needed(nodes, last, given), given, last, student.tensors())
-            return torch.stack([_distance(found[node], target[index][node]) for node in last]).sum()
 
-        parameters = _parameters_of(student, block)
-        train, held = _split(range(len(ctx.calibration)))
-        if parameters:
-            _descend(recipe, ctx, parameters, loss, train, held, f"learn block {number + 1} of {len(cut)}")
-        with torch.no_grad():
-            tensors = student.tensors()
-            given = [b | r for b, r in zip(bound, rounded, strict=True)]
-            rounded = [student.run(_needed(nodes, last, g), g, last, tensors) for g in given]
-        exact = target
+def _descend(
+    recipe: Learn,
+    ctx: Context,
+    parameters: Iterable[nn.Parameter],
+    loss: Loss[T],
+    samples: Iterator[T],
+    held: Sequence[T],
+    doing: str,
+) -> None:
+    steps = ctx.track(range(1, recipe.steps + 1), doing)
+    descend(parameters, loss, samples, held, rate=recipe.rate, steps=steps, count=recipe.steps)
+
+
+@dataclass(frozen=True)
+class _Imitation:
+    """One block: what enters it for each batch, and what it should give."""
+
+    student: Student
+    nodes: Sequence[Node]
+    keep: Sequence[Node]
+    given: Sequence[Values]
+    targets: Sequence[Values]
+
+    def run(self, index: int) -> Values:
+        """What the student gives for one batch."""
+        given = self.given[index]
+        return self.student.run(_needed(self.nodes, self.keep, given), given, self.keep, self.student.tensors())
+
+    def loss(self, index: int) -> Tensor:
+        """Its relative squared error."""
+        found = self.run(index)
+        return torch.stack([_distance(found[node], self.targets[index][node]) for node in self.keep]).sum()
 
 
 def _needed(nodes: Sequence[Node], keep: Sequence[Node], given: Values) -> list[Node]:
@@ -183,73 +208,20 @@ def _parameters_of(student: Student, block: Block) -> list[nn.Parameter]:
     return found + [parameter for node, parameter in student.weight_clips.items() if node in own]
 
 
-def _descend(recipe: Learn, ctx: Context, parameters: list, loss, train: list, held: list, doing: str) -> None:  # type: ignore[no-untyped-def,type-arg]
-    """Adam with warm-up and cosine decay; the parameters end at the best of the start and the later looks at what is held out."""
-    wanted = [parameter for parameter in parameters if parameter.requires_grad]
-    optimizer = torch.optim.Adam(wanted, lr=recipe.rate, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe.steps))
-    best, kept = _held(loss, held), [parameter.detach().clone() for parameter in wanted]
-    looks = {*range(recipe.steps // 4, recipe.steps, max(recipe.steps // 4, 1)), recipe.steps}
-    samples = _samples(train, recipe)
-    for step in ctx.track(range(1, recipe.steps + 1), doing):
-        optimizer.zero_grad()
-        loss(next(samples)).backward()
-        optimizer.step()
-        schedule.step()
-        if step in looks and (found := _held(loss, held)) < best:
-            best, kept = found, [parameter.detach().clone() for parameter in wanted]
-    with torch.no_grad():
-        for parameter, value in zip(wanted, kept, strict=True):
-            parameter.copy_(value)
+def _rows(batch: Sequence[Tensor], count: int, generator: torch.Generator) -> list[Tensor]:
+    """Some samples of a batch."""
+    size = batch[0].shape[0]
+    rows = torch.randperm(size, generator=generator)[:count]
+    return [value[rows] if value.ndim and value.shape[0] == size else value for value in batch]
 
 
-def _rate(step: int, steps: int) -> float:
-    return min(1.0, (step + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-
-@torch.no_grad()
-def _held(loss, held: list) -> float:  # type: ignore[no-untyped-def,type-arg]
-    found = float(torch.stack([loss(item) for item in held]).mean())
-    return found if math.isfinite(found) else math.inf
-
-
-def _split(items: Sequence) -> tuple[list, list]:  # type: ignore[type-arg]
-    """What is learned from, and every eighth item, or the last, which is held out."""
-    held = list(items[7::8]) or [items[-1]]
-    places = set(range(7, len(items), 8)) or {len(items) - 1}
-    return [item for place, item in enumerate(items) if place not in places], held
-
-
-def _samples(items: list, recipe: Learn) -> Iterator:  # type: ignore[type-arg]
-    """Random samples without end: some rows of a batch, or a batch by its number."""
-    generator = torch.Generator().manual_seed(recipe.seed)
-    while True:
-        for index in torch.randperm(len(items), generator=generator).tolist():
-            item = items[index]
-            if isinstance(item, int):
-                yield item
-                continue
-            size = item[0].shape[0]
-            rows = torch.randperm(size, generator=generator)[: recipe.rows]
-            yield [value[rows] if value.ndim and value.shape[0] == size else value for value in item]
-
-
-def _own_outputs(gm: GraphModule) -> list[Node]:
-    """The floating-point outputs that are the model's own."""
-    signature = gm.meta.get("signature")
+def _own_outputs(gm: GraphModule) -> dict[Node, str]:
+    """The floating-point outputs that are the model's own, and their names."""
+    signature: Signature | None = gm.meta.get("signature")
     nodes: tuple[Node, ...] = gm.graph.output_node().args[0]  # type: ignore[assignment]
     names = [port.name for port in signature.outputs] if signature else [""] * len(nodes)
-    return [
-        node for node, name in zip(nodes, names, strict=True) if not name.startswith("present.") and edit.value(node).is_floating_point()
-    ]
-
-
-def _is_logits(gm: GraphModule, node: Node) -> bool:
-    signature = gm.meta.get("signature")
-    nodes: tuple[Node, ...] = gm.graph.output_node().args[0]  # type: ignore[assignment]
-    return signature is not None and any(
-        port.name == "logits" and found is node for port, found in zip(signature.outputs, nodes, strict=True)
-    )
+    found = zip(nodes, names, strict=True)
+    return {node: name for node, name in found if not name.startswith(f"{PRESENT}.") and edit.value(node).is_floating_point()}
 
 
 def _distance(found: Tensor, exact: Tensor, *, logits: bool = False) -> Tensor:

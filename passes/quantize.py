@@ -31,7 +31,8 @@ class Quantize(Pass):
         %4 = fxpress.quantize(%1, %3, None, ...); %5 = fxpress.dequantize(%4, %3, None, ...)
         %6 = fxpress.dequantize(%w.codes, %w.scale, None, 'i8[1,-1]', float32); %7 = aten.linear(%5, %6)
 
-    Weights that `round_weights` has not rounded are rounded to nearest, or left to it with `weights=False`: then it sees inputs as rounded. Layers that read one tensor with one encoding share its operators.
+    Weights that `round_weights` has not rounded are rounded to nearest; or, with `weights=False`, left to it, which then sees inputs as
+    they will be rounded. Layers that read one tensor with one encoding share its operators.
     Static activations take their range from `observe`; `quantile` < 1 clips it to that quantile of |x| over all elements.
     """
 

@@ -17,6 +17,7 @@ from passes.base import Context, Effect, Pass
 from passes.observation import observed
 
 PLACES = ("norm", "mlp", "values")
+AWQ = tuple(smoothing.Policy(round(0.05 * i, 2), "mean") for i in range(21))
 SAMPLE = 512  # tokens of the calibration data that policies are compared on
 
 
@@ -32,7 +33,7 @@ class SmoothChannels(Pass):
 
         %1 = aten.rms_norm(%x, [64], %1_over_s); %2 = aten.linear(%1, %q_s); ... the rows of %up over s, the columns of %down times s
 
-    Law: `(x / s)(W diag(s))ᵀ = x Wᵀ`; the division is folded into the gain of a norm, or into the rows of the linear that writes the channel.
+    Law: `(x / s)(W diag(s))ᵀ = x Wᵀ`; the division is folded into the gain of a norm, or the rows of the linear that writes the channel.
     `s_j = a_j^α / w_j^(1−α)`, with `a_j` a quantile of |x_j| over calibration tokens (2606.09927; its maximum is SmoothQuant's, 2211.10438)
     or its mean (AWQ's, 2306.00978), and `w_j` the greatest |W| in column j over all readers.
 
@@ -42,9 +43,9 @@ class SmoothChannels(Pass):
     Args:
         alpha: how much of the range moves, 0 to 1.
         quantile: of |x|; 1 is the maximum.
-        mean: take the mean of |x| instead of a quantile.
+        mean: take AWQ's scales, `s = mean|x|^α`, instead.
         search: choose α and quantile for each group by the error of its readers in the annotated encodings (4 bits if there are none),
-            on 512 calibration tokens: the grids N1 and N2 of 2606.09927, then the product of their best.
+            on 512 calibration tokens: the grids N1 and N2 of 2606.09927, then the product of their best; with `mean`, AWQ's grid of α.
         rotated: the error of the search is that behind a Hadamard rotation (`rotate_channels` with R4 comes next).
         where: "norm" (what norms write), "mlp" (what a linear writes and another reads, through a gate or a ReLU), "values" (of attention).
 
@@ -110,6 +111,8 @@ class SmoothChannels(Pass):
             s = plan.spread(plan.scales(policy.alpha, policy.q, X[:half]))
             return float(smoothing.layer_error(X[half:], W, s, bits_x, bits_w, self.rotated)[0])
 
+        if self.mean:
+            return plan.scales(min(AWQ, key=error).alpha, "mean", X)
         alphas = sorted(smoothing.N1, key=error)[:5]
         quantiles = sorted(smoothing.N2, key=error)[:5]
         best = min(smoothing.product([p.alpha for p in alphas], [p.q for p in quantiles]), key=error)
@@ -167,6 +170,7 @@ class _Plan:
         for member, read in zip(self.members, self.read, strict=True):
             seen: Tensor | TensorStatistics = self.ctx.statistics[read.key] if X is None else X  # type: ignore[index]
             columns = smoothing.weight_magnitude(edit.attribute(self.gm, read.layer.weight).float())
+            columns = torch.ones_like(columns) if statistic == "mean" else columns
             for whole, part in ((activation, smoothing.magnitude(seen, statistic).float()), (weight, columns)):
                 own = member.channels >= 0
                 whole.scatter_reduce_(0, member.channels[own], part[own], "amax")

@@ -1,7 +1,6 @@
 """`Student`: a graph as it will be after maps, rotations and rounding that are still being learned, evaluated with gradients."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,38 +20,24 @@ from ir.straight_through import clip_shape, fake_quantize
 Values = dict[Node, Any]
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where learning starts, and what is learned.
-
-    Args:
-        clip: ratio of dynamic activations.
-        scales, rotations, clips: which parameters there are; those of weights' clips follow `clips`.
-    """
-
-    clip: float = 0.9
-    scales: bool = True
-    rotations: bool = False
-    clips: bool = True
-
-
 class Student(nn.Module):
     """Parameters, and the graph that they make.
 
     A scale group has `log s`, whose mean is kept at zero: a common factor changes nothing (2606.09927). A rotation group has a skew matrix
-    `A`, and `R = (I − A/2)⁻¹(I + A/2)` (Cayley; SpinQuant, 2405.16406, moves on the same manifold step by step). A tensor that is rounded has
-    the clip of its scales, `exp(−softplus(p))`; so has every block of a weight, from the ratio that a search finds best.
+    `A`, and `R = (I − A/2)⁻¹(I + A/2)` (Cayley; SpinQuant, 2405.16406, moves on the same manifold step by step). A tensor that is rounded
+    has the clip of its scales, `exp(−softplus(p))`; so has every block of a weight, from the ratio that a search finds best.
 
     Args:
         gm: the graph, whose layers are annotated; it is not changed.
         groups: channel groups that are free, of kinds SCALE and ROTATE; maps are applied to a tensor in this order.
         online: inputs that a Hadamard operator will rotate before they are rounded, with its order.
-        start: see `Start`.
+        clip: the ratio that dynamic activations start from.
+        clips: whether clips are learned.
     """
 
-    def __init__(self, gm: GraphModule, groups: Sequence[ChannelGroup], online: Mapping[Node, int], start: Start) -> None:
+    def __init__(self, gm: GraphModule, groups: Sequence[ChannelGroup], online: Mapping[Node, int], clip: float, clips: bool) -> None:
         super().__init__()
-        self.gm, self.groups, self.online, self.start = gm, list(groups), dict(online), start
+        self.gm, self.groups, self.online = gm, list(groups), dict(online)
         self.layers: dict[Node, Layer] = {
             layer.node: layer
             for found in readers(gm).values()
@@ -64,9 +49,10 @@ class Student(nn.Module):
         self.weight_clips: dict[Node, nn.Parameter] = {}
         for node, layer in self.layers.items():
             if layer.site("input").encoding is not None:
-                initial = torch.tensor(_inverse(min(start.clip, 0.995)))
-                self.input_clips.setdefault(layer.site("input").operand, nn.Parameter(initial, requires_grad=start.clips))
-            self.weight_clips[node] = nn.Parameter(self._best_clip(layer), requires_grad=start.clips)
+                initial = torch.tensor(_inverse(min(clip, 0.995)))
+                self.input_clips.setdefault(layer.site("input").operand, nn.Parameter(initial, requires_grad=clips))
+            self.weight_clips[node] = nn.Parameter(self._best_clip(layer), requires_grad=clips)
+        self.clips = nn.ParameterList([*self.input_clips.values(), *self.weight_clips.values()])
 
     def _best_clip(self, layer: Layer) -> Tensor:
         """What `search_qparams` finds, as parameters."""
@@ -80,10 +66,12 @@ class Student(nn.Module):
         """The map of a group: factors, or matrices."""
         group, parameter = self.groups[index], self.maps[index]
         if parameter.ndim == 1:
-            return (parameter.mean() - parameter).exp()  # 1/s
+            factors: Tensor = (parameter.mean() - parameter).exp()  # 1/s
+            return factors
         skew = parameter - parameter.mT
         eye = torch.eye(group.block, dtype=skew.dtype)
-        return torch.linalg.solve(eye - skew / 2, eye + skew / 2).expand(group.blocks, -1, -1)
+        rotation: Tensor = torch.linalg.solve(eye - skew / 2, eye + skew / 2)
+        return rotation.expand(group.blocks, -1, -1)
 
     def tensors(self) -> dict[Node, Tensor]:
         """Every stored tensor that the maps change, by its get_attr node; or by its norm, where that has no gain yet."""
@@ -128,8 +116,8 @@ class Student(nn.Module):
         if source in self.online:
             x = hadamard.transform(x, self.online[source])
         if source in self.input_clips and layer.site("input").encoding is not None:
-            x = fake_quantize(x, _of(layer, "input"), clip(self.input_clips[source]))
-        weight = fake_quantize(weight, _of(layer, "weight"), clip(self.weight_clips[layer.node]))
+            x = fake_quantize(x, _of(layer, "input"), ratio(self.input_clips[source]))
+        weight = fake_quantize(weight, _of(layer, "weight"), ratio(self.weight_clips[layer.node]))
         return torch.nn.functional.linear(x, weight, read(bias) if isinstance(bias, Node) else None)
 
     def _turned(self, layer: Layer, weight: Tensor) -> Tensor:
@@ -137,7 +125,7 @@ class Student(nn.Module):
         return weight if order is None else hadamard.transform(weight, order)
 
 
-def clip(parameter: Tensor) -> Tensor:
+def ratio(parameter: Tensor) -> Tensor:
     """The ratio that a parameter stands for, between 0 and 1."""
     return torch.exp(-torch.nn.functional.softplus(parameter))
 

@@ -146,17 +146,17 @@ def table(errors: Mapping[str, list[float]], chosen: list[int], perplexities: Ma
 
 
 def main() -> None:
-    options, started = arguments(), time.monotonic()
+    options, started = arguments(), time.process_time()
     torch.set_num_threads(options.threads)
     gm, found, tests, title = prepared(options)
     base = [error(at, smoothrot(at)) for at in found]
     ranked = sorted(range(len(found)), key=lambda i: -base[i])
     middle = min(3 + max(0, len(ranked) - 5) // 2, len(ranked) - 2)
     chosen = sorted({*ranked[:3], *ranked[middle : middle + 2]})
-    print(f"{title}; selected: {[found[i].path for i in chosen]}; {time.monotonic() - started:.0f} s", flush=True)
+    print(f"{title}; selected: {[found[i].path for i in chosen]}; {time.process_time() - started:.0f} s of one core", flush=True)
     recipe = Recipe(steps=options.steps, batch=options.batch, every=10, seed=options.seed)
     choice = choose(found, [found[i] for i in chosen], recipe, RATES[:: max(1, -(-len(RATES) // options.rates))])
-    print(*choice.notes, f"{time.monotonic() - started:.0f} s", sep="\n", flush=True)
+    print(*choice.notes, f"{time.process_time() - started:.0f} s of one core", sep="\n", flush=True)
 
     errors: dict[str, list[float]] = {}
     perplexities: dict[str, float] = {}
@@ -173,7 +173,7 @@ def main() -> None:
         "",
         f"Selected: {', '.join(found[i].path for i in chosen)}. Rotation alone beats SmoothRot on {wins} of {len(found)} layers. "
         f"Perplexity of the unquantized model: {measured(gm, {}, tests):.2f}. {'; '.join(choice.notes)}. "
-        f"{options.steps} steps of {options.batch} tokens, seed {options.seed}, {time.monotonic() - started:.0f} s.",
+        f"{options.steps} steps of {options.batch} tokens, seed {options.seed}, {time.process_time() - started:.0f} s of one core.",
         "",
         *table(errors, chosen, perplexities),
         "",

@@ -10,7 +10,7 @@ from ir.encoding import Encoding
 from ir.hadamard import largest_block, orders
 from ir.rounding import GPTQ, Nearest, Rounding
 from ir.scale_learning import Layer, Learned, Recipe, learn, learn_best
-from ir.smoothing import N1, N2, Policy, layer_error, magnitude, product, rounded, scales, transformed, weight_magnitude
+from ir.smoothing import N1, N2, Policy, balanced, layer_error, magnitude, product, rounded, scales, transformed, weight_magnitude
 
 CHANNEL = Encoding.parse("i4[1,-1]")
 RATIOS = [1 - 0.03 * i for i in range(12)]
@@ -109,7 +109,7 @@ def compensated(found: Learned) -> Family:
     return family
 
 
-def balanced(blocks: Sequence[int], rounding: Rounding) -> Family:
+def blocked(blocks: Sequence[int], rounding: Rounding) -> Family:
     """Block transforms in closed form, Hadamard, the clipping ratio of activations searched on held-out tokens."""
 
     def family(at: Place) -> Quantized:
@@ -168,7 +168,7 @@ def choose(places: Sequence[Place], selected: Sequence[Place], recipe: Recipe, r
     paths = [at.path for at in selected]
     known = dict(zip(paths, t2, strict=True))
     t3 = {at.path: known[at.path] if at.path in known else learn([at.layer(at.scales(best))], from_best)[0] for at in places}
-    with_clip = {at.path: learn([at.layer(at.scales(best))], replace(from_best, clip=True))[0] for at in places}
+    with_clip = {at.path: learn([at.layer(balanced(at.train, at.W))], replace(from_best, clip=True))[0] for at in places}
     for name in ("clip_x", "clip_w"):
         ratios = [float(getattr(each, name).mean()) for each in with_clip.values()]
         notes.append(f"{name} learned: {sum(ratios) / len(ratios):.2f} in the mean")
@@ -189,12 +189,12 @@ def choose(places: Sequence[Place], selected: Sequence[Place], recipe: Recipe, r
         "T1": of(dict(zip(paths, t1, strict=True)), clipped),
         "T2": of(known, clipped),
         "T3": of(t3, clipped),
-        "closed-form scales √(‖x‖/‖w‖)": scaled(lambda at: (at.train.norm(dim=0) / at.W.norm(dim=0)).clamp_min(1e-5).sqrt()),
-        "T3 + clipping": of(with_clip, clipped),
-        "T3 + clipping + GPTQ": of(with_clip, compensated),
-        f"blocks {small} + clipping": balanced(small, Nearest(search=True)),
-        f"blocks {small} + clipping + GPTQ": balanced(small, GPTQ()),
-        f"blocks {large} + clipping + GPTQ": balanced(large, GPTQ()),
+        "closed-form scales √(‖x‖ / ‖w‖)": scaled(lambda at: balanced(at.train, at.W)),
+        "learned scales + clipping": of(with_clip, clipped),
+        "learned scales + clipping + GPTQ": of(with_clip, compensated),
+        f"blocks {small} + clipping": blocked(small, Nearest(search=True)),
+        f"blocks {small} + clipping + GPTQ": blocked(small, GPTQ()),
+        f"blocks {large} + clipping + GPTQ": blocked(large, GPTQ()),
     }
     return Chosen(families, notes, t3, best)
 

@@ -56,6 +56,8 @@ def draw(out: Path, name: str, errors: Mapping[str, Sequence[float]], at: Place,
     panel.channels.set(title=f"greatest |x| of each channel, {at.path}", xlabel="channel, by size")
     panel.channels.legend(fontsize=7)
 
+    for axis in axes.flat:
+        axis.title.set_fontsize(9)
     figure.tight_layout()
     path = out / f"smoothrot-{name}.png"
     figure.savefig(path, dpi=70)

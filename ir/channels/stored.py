@@ -7,7 +7,7 @@ import torch
 from torch.fx import Node
 
 from ir.channels.flow import Flow, Stored, nodes_of, where
-from ir.channels.structure import picked_axes
+from ir.channels.structure import TRANSPOSES, picked_axes
 from ir.match import aten, is_float_cast, operand, operands
 
 Axes = tuple[int | None, ...]
@@ -31,9 +31,10 @@ def see(flow: Flow, node: Node) -> bool:
 
 
 def _transposed(node: Node, axes: Axes) -> Axes:
-    a, b = (0, -1) if node.target is aten.t.default else (operand(node, "dim0"), operand(node, "dim1"))
+    a, b = (-1, -2) if node.target in TRANSPOSES else (operand(node, "dim0"), operand(node, "dim1"))
     moved = list(axes)
-    moved[a], moved[b] = axes[b], axes[a]
+    if len(axes) > 1:
+        moved[a], moved[b] = axes[b], axes[a]
     return tuple(moved)
 
 
@@ -61,7 +62,7 @@ def _put(axes: Axes, axis: int, new: Axes) -> Axes:
 
 
 VIEWS: dict[Any, Callable[[Node, Axes], Axes | None]] = {
-    **dict.fromkeys((aten.transpose.int, aten.t.default), _transposed),
+    **dict.fromkeys((*TRANSPOSES, aten.transpose.int), _transposed),
     aten.permute.default: lambda node, axes: tuple(axes[axis] for axis in operand(node, "dims")),
     aten.slice.Tensor: _sliced,
     aten.select.int: _selected,

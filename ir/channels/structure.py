@@ -12,6 +12,8 @@ from ir.channels.flow import MIXING, Flow, Labels, Map, Rule, where
 from ir.channels.shapes import in_order, label_shape, shared_axes
 from ir.match import aten, operand, operands
 
+TRANSPOSES = (aten.t.default, aten.mT.default, aten.numpy_T.default)  # of the last two axes, or the only two
+
 
 def reshape(flow: Flow, node: Node) -> Labels | None:
     """The same elements in the same order."""
@@ -21,7 +23,7 @@ def reshape(flow: Flow, node: Node) -> Labels | None:
     if labels.numel() != prod(shape) or not in_order(source.shape, edit.value(node).shape):
         return flow.refuse(node, f"{where(node)} was not followed")
     if flow.kind is Map.SELECT and [n for n in labels.shape if n > 1] != [n for n in shape if n > 1]:
-        return flow.refuse(node, f"{where(node)} splits or joins them")
+        return flow.refuse(node, f"{where(node)} cuts them into parts of one size")
     return labels.reshape(shape)
 
 
@@ -60,6 +62,8 @@ def cut(flow: Flow, node: Node) -> Any:
     if isinstance(source.shape[axis], int):
         if any(read is not node.args[0] for read in node.all_input_nodes):
             return flow.refuse(node, f"{where(node)} cuts at places that vary")
+        if flow.kind is Map.SELECT and node.target in {aten.select.int, aten.unbind.int}:
+            return flow.refuse(node, f"{where(node)} picks one of them")
         return node.target(labels, *node.args[1:], **node.kwargs)  # type: ignore[operator]
     tokens = flow.merge(labels, axis)
     if node.target in {aten.select.int, aten.unbind.int}:
@@ -176,7 +180,7 @@ def no_channels(flow: Flow, node: Node) -> None:
 ROWS: dict[Any, Rule] = {
     **dict.fromkeys((aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims), reshape),
     **dict.fromkeys((aten.expand.default, aten.expand_as.default), expand),
-    **dict.fromkeys((aten.transpose.int, aten.permute.default, aten.t.default, aten.mT.default, aten.repeat_interleave.self_int), moved),
+    **dict.fromkeys((*TRANSPOSES, aten.transpose.int, aten.permute.default, aten.repeat_interleave.self_int), moved),
     aten.repeat.default: repeat,
     **dict.fromkeys((aten.slice.Tensor, aten.select.int, aten.chunk.default, aten.split.Tensor, aten.unbind.int), cut),
     **dict.fromkeys((aten.split_with_sizes.default, aten.narrow.default), cut),

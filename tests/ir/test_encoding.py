@@ -38,7 +38,23 @@ def test_text_forms(encoding, text):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "i4", "i9[1]", "i0[1]", "u1[-1]", "i4[]", "i4[0]", "i4[-2]", "i4[1,]", "f8e4m2[1]", "i4[1] ", "x4[1]", "i4[1]dyn", "i4[1]dynamic*1.5"]
+    "text",
+    [
+        "",
+        "i4",
+        "i9[1]",
+        "i0[1]",
+        "u1[-1]",
+        "i4[]",
+        "i4[0]",
+        "i4[-2]",
+        "i4[1,]",
+        "f8e4m2[1]",
+        "i4[1] ",
+        "x4[1]",
+        "i4[1]dyn",
+        "i4[1]dynamic*1.5",
+    ],
 )
 def test_malformed_text_is_refused(text):
     with pytest.raises(OptionError):

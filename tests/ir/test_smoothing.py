@@ -11,6 +11,7 @@ from ir.smoothing import (
     N1,
     N2,
     Policy,
+    balanced,
     centred,
     layer_error,
     magnitude,
@@ -40,6 +41,19 @@ def test_scales_are_the_formula():
     a, w = torch.tensor([4.0, 9.0, 1e-12]), torch.tensor([1.0, 16.0, 1.0])
     torch.testing.assert_close(scales(a, w, 0.5), torch.tensor([2.0, 0.75, LEAST]))
     torch.testing.assert_close(scales(a, torch.ones(3), 1.0)[:2], a[:2])  # AWQ's, β = 1
+
+
+def test_balanced_scales_give_both_sides_of_a_channel_the_same_norm():
+    X, W = layer()
+    X[:, 4] = 0
+    s = balanced(X, [W[:3], W[3:]])
+    ratio = (X / s).norm(dim=0) / (W * s).norm(dim=0)
+    live = torch.arange(IN) != 4
+    torch.testing.assert_close(ratio[live], ratio[0].expand(IN - 1))
+    statistics = TensorStatistics.empty(IN, sketch=False)
+    statistics.update(X)
+    torch.testing.assert_close(balanced(statistics, W), s)
+    assert layer_error(X, W, s)[0] < layer_error(X, W)[0]
 
 
 def test_dead_channels_are_left_alone():

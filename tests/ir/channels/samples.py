@@ -1,10 +1,11 @@
 """Small functions of `x [2, 3, 16]` and stored tensors, for each row of the rules: all in float64, all with random parameters."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import functional as F  # noqa: N812 (everyone's name for it)
 
@@ -29,10 +30,28 @@ def graph(
     return gm
 
 
-def group_of(gm: GraphModule, kind: Map, path: str, axis: int = 0) -> ChannelGroup:
-    """The only group that has the axis of a tensor."""
-    (group,) = [g for g in channel_groups(gm, kind) if any((member.path, member.axis) == (path, axis) for member in g.members)]
-    return group
+@cache
+def sample(name: str) -> GraphModule:
+    """The graph of a row of `SAMPLES`, made once: do not change it."""
+    function, shapes = SAMPLES[name]
+    return graph(function, **shapes)
+
+
+def group_of(gm: GraphModule, kind: Map, path: str, axis: int = 0, at: int = 0) -> ChannelGroup:
+    """The group of one entry along the axis of a stored tensor."""
+    found = [
+        group
+        for group in channel_groups(gm, kind)
+        if any((member.path, member.axis) == (path, axis) and member.channels[at] >= 0 for member in group.members)
+    ]
+    assert len(found) == 1
+    return found[0]
+
+
+def verdict(name: str, kind: Map, path: str, axis: int = 0, at: int = 0) -> str:
+    """Why the group is frozen; its blocks and their size if it is not."""
+    group = group_of(sample(name), kind, path, axis, at)
+    return group.reason or f"{group.blocks} x {group.block}"
 
 
 def heads(x: Tensor, count: int = HEADS) -> Tensor:
@@ -56,7 +75,7 @@ def turned(x: Tensor) -> Tensor:
 
 
 SQUARE = {"a": (WIDTH, WIDTH), "b": (WIDTH, WIDTH)}
-QKVO = {name: (WIDTH, WIDTH) for name in "qkvo"}
+QKVO = dict.fromkeys("qkvo", (WIDTH, WIDTH))
 GROUPED = {"q": (WIDTH, WIDTH), "k": (8, WIDTH), "v": (8, WIDTH), "o": (WIDTH, WIDTH)}
 linear = F.linear
 
@@ -115,9 +134,11 @@ SAMPLES: dict[str, Sample] = {
     "weight of the input": ((lambda x, a, b: linear(linear(x, a), linear(x[0], b))), SQUARE),
     "weight of a group": ((lambda x, a, b: linear(linear(x, a), b) @ linear(b, a).T), SQUARE),
     "linear of heads": between(lambda y, c: linear(y.unflatten(-1, (HEADS, SIZE)), c).flatten(2), c=(SIZE, SIZE)),
-    "called twice": ((lambda x, a, b: linear(linear(h := linear(x, a), b).tanh() + h, b)), SQUARE),
-    "called on its own output": ((lambda x, a, b: linear(h := linear(x, a), b) + h + linear(linear(h, b), b)), SQUARE),
-    "writer and reader": ((lambda x, a, b: linear(linear(linear(x, a), b), b.T)), SQUARE),
+    "called twice": between(
+        lambda y, c, d: linear(torch.relu(linear(y, c)), d) + linear(torch.relu(linear(3 * y, c)), d), c=(WIDTH, WIDTH), d=(WIDTH, WIDTH)
+    ),
+    "called on its own output": between(lambda y, c: y + linear(y, c) + linear(linear(y, c), c), c=(WIDTH, WIDTH)),
+    "writer and reader": between(lambda y, c: linear(linear(y, c), c.T), c=(WIDTH, WIDTH)),
     "read by something else": ((lambda x, a, b: linear(linear(x, a), b) * a.sum()), SQUARE),
     "returned weight": ((lambda x, a, b: (linear(linear(x, a), b), a + 0)), SQUARE),
     "dequantized": (dequantized, SQUARE),
@@ -137,7 +158,7 @@ SAMPLES: dict[str, Sample] = {
     "attention as one": attending(F.scaled_dot_product_attention),
     "grouped attention": attending(lambda q, k, v: softmax_attention(q, repeated(k), repeated(v)), GROUPED),
     "grouped attention as one": attending(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), GROUPED),
-    "attention of one head": attending(lambda q, k, v: softmax_attention(q, k, v), {**GROUPED, "k": (SIZE, WIDTH), "v": (SIZE, WIDTH)}),
+    "attention of one head": attending(softmax_attention, {**GROUPED, "k": (SIZE, WIDTH), "v": (SIZE, WIDTH)}),
     "attention of rank 3": ((lambda x, q, k, v, o: linear(F.scaled_dot_product_attention(*(linear(x, w) for w in (q, k, v))), o)), QKVO),
     "attention, batched": attending(lambda q, k, v: torch.baddbmm(q[:, 0] @ k[:, 0].mT, q[:, 1], k[:, 1].mT).softmax(-1)[:, None] @ v),
     "attention with a learned mask": attending(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, (q @ k.mT).clone())),

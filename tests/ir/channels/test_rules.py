@@ -5,32 +5,43 @@ import torch
 
 from ir import evaluate
 from ir.capture import capture
-from ir.channels import Map
+from ir.channels import Map, channel_groups, elementwise, layers, structure
+from ir.channels.rules import RULES
 from ir.verify import verify
 from passes.pipeline import relative_error
-from tests.ir.channels.samples import SAMPLES, graph
+from tests.ir.channels.samples import SAMPLES, graph, sample, verdict
 from tests.mapping import map_all
 
 
-@pytest.fixture(scope="module")
-def captured():
-    made = {}
-
-    def get(name):
-        if name not in made:
-            function, shapes = SAMPLES[name]
-            made[name] = graph(function, **shapes)
-        return made[name]
-
-    return get
-
-
 @pytest.mark.parametrize("name", SAMPLES)
-def test_maps_of_free_groups_keep_the_function(captured, name):
+def test_maps_of_free_groups_keep_the_function(name):
     inputs = [torch.randn(4, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))]
     for kind in (Map.PERMUTE, Map.SCALE, Map.ROTATE, Map.LINEAR):
-        gm = capture(captured(name))
+        gm = capture(sample(name))
         before = evaluate.run(gm, inputs)
         groups = map_all(gm, kind)
         verify(gm)
         assert relative_error(evaluate.run(gm, inputs), before) < 1e-9, [str(group) for group in groups]
+
+
+def test_no_operator_has_two_rows():
+    assert len(RULES) == len(layers.ROWS) + len(elementwise.ROWS) + len(structure.ROWS)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("softmax", "no rule says what softmax in softmax does to channels"),
+        ("running sum", "no rule says what cumsum"),
+        ("hadamard", "no rule says what hadamard"),
+        ("attention with a mask of channels", "reads it as its attn_mask"),
+    ],
+)
+def test_what_no_row_answers_for_is_frozen(name, reason):
+    for kind in (Map.SCALE, Map.ROTATE, Map.PERMUTE):
+        assert reason in verdict(name, kind, "o" if "mask" in name else "a")
+
+
+def test_a_graph_without_layers_has_no_groups():
+    gm = graph(lambda x: torch.relu(x) + 1)
+    assert [group for kind in Map for group in channel_groups(gm, kind)] == []

@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from ir.errors import DataError, OptionError
+from ir.sites import layers
+from passes.learn import Learn
+from tests.families import load
+from tests.passes.maps import OPENED, kept
+from tests.passes.samples import CALIBRATION, run
+
+MARKED = f"{OPENED}, rotate_channels(where=['R1', 'R2']), annotate(scheme='W4A4')"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("options", ["steps=6", "steps=4, loss='block'", "steps=6, parts=['clips'], rotated=False"])
+def test_what_is_learned_keeps_the_function(family, options):
+    _, records, _, error = kept(family, f"{MARKED}, learn({options})")
+    assert records[-1].sites > 0
+    assert error < 1e-4
+
+
+def test_rotations_are_learned_where_norms_have_no_gain():
+    _, records, _, error = kept("llama", f"{OPENED}, annotate(scheme='W4A4'), learn(parts='rotations', steps=6)")
+    assert records[-1].sites == 3 + 8
+    assert error < 1e-4
+
+
+@pytest.mark.parametrize("loss", ["model", "block"])
+def test_learning_lowers_the_error_of_what_comes_after(loss):
+    found = {}
+    for text in ("", f", learn(steps=40, rate=0.01, loss='{loss}', clip=1.0)"):
+        gm, _, ctx, _ = kept("llama", f"{MARKED}{text}, rotate_channels(where=['R4'])")
+        records, _ = run(gm, "quantize", ctx=ctx)
+        found[bool(text)] = records[-1].difference
+    assert found[True] < 0.95 * found[False]
+
+
+def test_clips_are_annotated():
+    gm, *_ = kept("llama", f"{MARKED}, learn(parts=['clips'], steps=6, clip=0.8)")
+    clips = [layer.site("input").encoding.clip for layer in layers(gm) if layer.site("input").encoding]
+    assert len(clips) == 14
+    assert all(0.5 < clip < 1 for clip in clips)
+
+
+def test_the_same_seed_learns_the_same():
+    first, second = (kept("llama", f"{MARKED}, learn(steps=4, seed=2)")[0] for _ in range(2))
+    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_it_refuses_one_batch_and_no_annotations():
+    with pytest.raises(DataError, match="two batches"):
+        run(load("llama").graph(), MARKED + ", learn", CALIBRATION[:1])
+    with pytest.raises(OptionError, match="annotated"):
+        run(load("llama").graph(), f"{OPENED}, learn", CALIBRATION)
+
+
+@pytest.mark.parametrize("options", [{"parts": ("widths",)}, {"loss": "mse"}, {"steps": 0}, {"rate": 0.0}, {"clip": 1.5}, {"rows": 0}])
+def test_bad_options_are_refused(options):
+    with pytest.raises(OptionError):
+        Learn(**options)

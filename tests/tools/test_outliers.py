@@ -1,0 +1,62 @@
+from copy import deepcopy
+
+import pytest
+import torch
+
+from ir.capture import capture
+from ir.errors import DataError
+from tests.families import VOCABULARY, build
+from tools.outliers import gated, gates, inputs, plant
+
+GATED = ("llama", "qwen3", "gemma2", "phi3", "olmo2")  # phi3 writes both branches by one linear
+
+
+def ids(seed=0):
+    return torch.randint(3, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_the_function_stays_and_channels_become_massive(name):
+    model = build(name)
+    planted = deepcopy(model)
+    pairs = plant(planted, ids(), channels=2, low=50, high=100)
+    with torch.no_grad():
+        a, b = (each(input_ids=ids(1)).logits for each in (model, planted))
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max()))
+    graphs = [capture(each) for each in (model, planted)]
+    before, after = ([x.flatten(0, 1) for x in inputs(gm, gated(gm), ids()).values()] for gm in graphs)
+    assert len(pairs) == 2
+    for x, y, chosen in zip(before, after, pairs.values(), strict=True):
+        factors = torch.ones(x.shape[1])
+        for channel, factor in chosen:
+            assert 50 <= factor <= 100
+            factors[channel] = factor
+        torch.testing.assert_close(y, x * factors, rtol=1e-2, atol=1e-3 * float(y.abs().max()))
+
+
+def test_planting_is_deterministic_in_the_seed():
+    first, again, other = (plant(build("llama"), ids(), seed=seed) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_layers_and_numbers_of_channels_can_be_chosen():
+    pairs = plant(build("llama"), ids(), channels=3, layers=[-1])
+    assert list(pairs) == ["model.layers.1.mlp.down_proj"] and len(pairs["model.layers.1.mlp.down_proj"]) == 3
+    (one, _) = plant(build("llama"), ids(), share=0.001).values()
+    assert len(one) == 1
+
+
+def test_the_tail_is_that_of_as_many_tokens_as_asked_for():
+    gm = capture(build("llama"))
+    node = gated(gm)[0]
+    x = inputs(gm, [node], ids())[node].flatten(0, 1).abs()
+    for tokens in (1, 10):
+        ((channel, _),) = plant(build("llama"), ids(), channels=1, tokens=tokens, layers=[0]).popitem()[1:]
+        assert channel == int((x.topk(tokens, 0).values.mean(0) / x.mean(0)).argmax())
+
+
+def test_models_without_gates_are_refused():
+    model = build("gpt2")
+    assert gates(capture(model)) == []
+    with pytest.raises(DataError, match="product"):
+        plant(model, ids())

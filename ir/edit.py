@@ -140,19 +140,14 @@ def add_input(gm: GraphModule, name: str, shape: Sequence[Any], dtype: torch.dty
     """A new placeholder behind another one. The caller states its port in the signature."""
     with gm.graph.inserting_after(after):
         node = gm.graph.placeholder(name)
-    set_input(node, shape, dtype, like=after)
+    node.meta["val"] = value(after)
+    set_input(node, shape, dtype)
     return node
 
 
-def set_input(node: Node, shape: Sequence[Any], dtype: torch.dtype, *, like: Node | None = None) -> None:
-    """Let a placeholder take tensors of that shape and dtype; the values of its readers are not inferred again.
-
-    Args:
-        like: a placeholder on the same device; `node` itself if None.
-    """
-    mode = _fake_mode(node.graph)
-    with mode if mode is not None else _nothing():
-        node.meta["val"] = torch.empty(tuple(shape), dtype=dtype, device=value(like or node).device)
+def set_input(node: Node, shape: Sequence[Any], dtype: torch.dtype) -> None:
+    """Let a placeholder take tensors of that shape and dtype; the values of its readers are not inferred again."""
+    node.meta["val"] = value(node).new_empty(tuple(shape), dtype=dtype)
 
 
 def set_outputs(gm: GraphModule, nodes: Sequence[Node]) -> None:

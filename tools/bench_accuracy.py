@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -31,6 +32,15 @@ ROWS = {
 }
 
 
+def load_protocol(bench: Path) -> Any:
+    """The module of the bench folder that has windows and measures."""
+    spec = importlib.util.spec_from_file_location("protocol", bench / "protocol.py")
+    assert spec is not None and spec.loader is not None
+    protocol = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(protocol)
+    return protocol
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", type=Path)
@@ -38,10 +48,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="pipelines, instead of all rows")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    spec = importlib.util.spec_from_file_location("protocol", options.bench / "protocol.py")
-    assert spec is not None and spec.loader is not None
-    protocol = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(protocol)
+    protocol = load_protocol(options.bench)
     model = transformers.AutoModelForCausalLM.from_pretrained(options.bench / "llama-wt2", dtype=torch.float32).eval()
     calibration = list(protocol.calibration_windows(options.seed).split(8))
     tests = {name: protocol.test_windows(name) for name in protocol.TESTS}

@@ -131,6 +131,68 @@ def plant(
     return planted
 
 
+@torch.no_grad()
+def plant_tokens(
+    model: transformers.PreTrainedModel,
+    ids: Tensor,
+    share: float = 0.006,
+    size: float = 1000.0,
+    layers: Sequence[int] = (0,),
+    seed: int = 0,
+) -> dict[str, tuple[int, int]]:
+    """Make one kind of token massive in two channels, as the first token and delimiters are in large models; the rest stays ordinary.
+
+    The two channels that matter least become a detector of the token, `x = (g h)₊ (g h)`, with `g` by ridge regression on the MLP's input
+    `h`; their columns in the down projection cancel, so the function loses those two channels and nothing else. Scaling channels, as `plant`
+    does, cannot do this: `s = √(max|x| / max|w|)` follows any factor, so that SmoothRot with α = .5 is the same on any model planted that way.
+
+    Args:
+        ids: `[windows, length]`.
+        share: of all tokens; the kind whose share is nearest is taken.
+        size: of the greatest |x| on these.
+        layers: as in `plant`. Later layers tell kinds of token apart less sharply.
+        seed: of the columns.
+
+    Returns:
+        The two channels, by the path of the down projection.
+
+    Raises:
+        DataError: no gated MLP with two linears.
+    """
+    counts = torch.bincount(ids.flatten())
+    kind = int((counts / ids.numel() - share).abs().argmin())
+    generator, planted = torch.Generator().manual_seed(seed), {}
+    for index in layers:  # one after another: a change is seen by all layers after it
+        gm = capture(model)
+        found = gates(gm)
+        if not found:
+            raise DataError(f"{type(model).__name__} has no MLP whose down projection reads the product of two branches")
+        gate = found[index]
+        linears = [node for branch in gate.product.args for node in (branch, branch.args[0]) if node.target is aten.linear.default]
+        if len(linears) != 2:
+            raise DataError(f"{gate.path} does not follow two linears")
+        seen = inputs(gm, [gate.product, linears[0].args[0]], ids)
+        h, x = (seen[node].flatten(0, 1).double() for node in (linears[0].args[0], gate.product))
+        hit = (ids.flatten() == kind).double()
+        weight = torch.where(hit > 0, 1 / hit.sum(), 1 / (1 - hit).sum()).unsqueeze(1)
+        target = 1.1 * hit - 0.1
+        moments = h.T @ (weight * h)
+        damping = 1e-4 * moments.diagonal().mean() * torch.eye(len(moments))
+        g = torch.linalg.solve(moments + damping, h.T @ (weight.squeeze(1) * target))
+        g = g * (size**0.5 / (h @ g).amax())
+        pair = (x.norm(dim=0) * gate.columns[0].double().norm(dim=0)).topk(2, largest=False).indices
+        for linear in linears:
+            for rows, value in zip(linear.args[1:], (g, 0.0), strict=False):
+                if rows is not None:
+                    parameter = edit.attribute(gm, rows)
+                    parameter[pair] = value.to(parameter) if isinstance(value, Tensor) else value
+        for parameter in gate.columns:
+            v = torch.randn(len(parameter), generator=generator).to(parameter) * parameter.std()
+            parameter[:, pair] = torch.stack([v, -v], 1)
+        planted[gate.path] = (int(pair[0]), int(pair[1]))
+    return planted
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)

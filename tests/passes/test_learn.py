@@ -20,7 +20,7 @@ def test_what_is_learned_keeps_the_function(family, options):
 
 
 def test_rotations_are_learned_where_norms_have_no_gain():
-    _, records, _, error = kept("llama", f"{OPENED}, annotate(scheme='W4A4'), learn(parts='rotations', steps=6)")
+    _, records, _, error = kept("llama", f"{OPENED}, annotate(scheme='W4A4'), learn(parts=['rotations'], steps=6)")
     assert records[-1].sites == 3 + 8
     assert error < 1e-4
 

@@ -17,8 +17,8 @@ from passes.canonicalize import Canonicalize
 from passes.fold_norm import FoldNorm
 from passes.observe import Observe
 from passes.pipeline import Pipeline
-from passes.probe import relative_error
 from passes.presets import PRESETS
+from passes.probe import relative_error
 from passes.quantize import Quantize
 from passes.round_weights import RoundWeights
 from passes.untie import Untie

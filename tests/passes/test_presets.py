@@ -8,8 +8,8 @@ from ir.capture import capture
 from ir.errors import OptionError
 from passes import presets, registry
 from passes.pipeline import Pipeline
-from passes.probe import relative_error
 from passes.presets import PRESETS
+from passes.probe import relative_error
 from tests.families import FAMILIES, LAYERS, load
 from tests.passes.samples import compiled, tokens
 

@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from ir import edit
+from ir import edit, maps
 from ir.channels import Map, channel_groups
-from ir import maps
 from passes.probe import model_outputs, relative_error
 from tests.families import load
 from tests.passes.samples import run

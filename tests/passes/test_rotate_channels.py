@@ -2,13 +2,13 @@ import pytest
 import torch
 
 from ir import edit
+from ir.capture import capture
 from ir.errors import OptionError
 from ir.match import find
 from ir.ops import HADAMARD
 from passes.rotate_channels import RotateChannels
 from tests.passes.maps import DECODERS, OPENED, kept
 from tests.passes.samples import Mlp, run, vectors
-from ir.capture import capture
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -74,5 +74,5 @@ def test_seeds_draw_other_rotations():
 
 @pytest.mark.parametrize("options", [{"where": ("R5",)}, {"where": ()}, {"kind": "fourier"}, {"block": 6}])
 def test_bad_options_are_refused(options):
-    with pytest.raises(OptionError, match="rotat|order"):
+    with pytest.raises(OptionError, match=r"rotat|order"):
         RotateChannels(**options)

@@ -6,9 +6,9 @@ import torch
 from ir.capture import capture
 from ir.errors import DataError
 from tests.families import VOCABULARY, build
-from tools.outliers import gated, gates, inputs, plant
+from tools.outliers import gated, gates, inputs, plant, plant_tokens
 
-GATED = ("llama", "qwen3", "gemma2", "phi3", "olmo2")  # phi3 writes both branches by one linear
+GATED = ("llama", "gemma2", "phi3")  # phi3 writes both branches by one linear
 
 
 def ids(seed=0):
@@ -51,8 +51,26 @@ def test_the_tail_is_that_of_as_many_tokens_as_asked_for():
     node = gated(gm)[0]
     x = inputs(gm, [node], ids())[node].flatten(0, 1).abs()
     for tokens in (1, 10):
-        ((channel, _),) = plant(build("llama"), ids(), channels=1, tokens=tokens, layers=[0]).popitem()[1:]
+        (((channel, _),),) = plant(build("llama"), ids(), channels=1, tokens=tokens, layers=[0]).values()
         assert channel == int((x.topk(tokens, 0).values.mean(0) / x.mean(0)).argmax())
+
+
+def test_massive_tokens_are_few_and_cancel_in_the_output():
+    model = build("llama")
+    planted = deepcopy(model)
+    sample = ids()
+    sample[:, ::6] = 7
+    pairs = plant_tokens(planted, sample, share=1 / 6, size=1e4, layers=[0])
+    gm = capture(planted)
+    node = gated(gm)[0]
+    first, second = pairs["model.layers.0.mlp.down_proj"]
+    x = inputs(gm, [node], sample)[node]
+    torch.testing.assert_close(x[..., first], x[..., second])
+    massive = x[..., first].abs()
+    assert float(massive[sample == 7].min()) > 10 * float(massive[sample != 7].max())
+    assert float(massive.max()) == pytest.approx(1e4, rel=0.3)
+    W = planted.model.layers[0].mlp.down_proj.weight
+    assert torch.equal(W[:, first], -W[:, second])
 
 
 def test_models_without_gates_are_refused():

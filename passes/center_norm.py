@@ -6,8 +6,7 @@ from typing import ClassVar
 from torch.fx import GraphModule, Node
 
 from ir import edit
-from ir.channel_flow import Map
-from ir.channels import ChannelGroup, channel_groups
+from ir.channels import ChannelGroup, Map, channel_groups
 from ir.match import aten, operand
 from passes.base import Context, Effect, Pass
 

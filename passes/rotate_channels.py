@@ -10,8 +10,7 @@ from torch.fx import GraphModule, Node
 
 from ir import edit, hadamard, maps
 from ir.cache import CacheSite, cache_sites
-from ir.channel_flow import Map
-from ir.channels import ChannelGroup, channel_groups
+from ir.channels import ChannelGroup, Map, channel_groups
 from ir.dot_products import Query, queries
 from ir.errors import OptionError
 from ir.match import aten, operand

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ir import edit, evaluate, maps, smoothing
-from ir.channel_flow import Map
-from ir.channels import ChannelGroup, Member, channel_groups
+from ir.channels import ChannelGroup, Map, Member, channel_groups
 from ir.errors import DataError, OptionError
 from ir.sites import Layer, heads, readers
 from ir.statistics import TensorStatistics

@@ -12,7 +12,7 @@ from ir import edit, hadamard, maps
 from ir.channels import ChannelGroup
 from ir.encoding import Encoding
 from ir.match import operand
-from ir.numerics import choose_qparams
+from ir.numerics import choose_qparams, compute_dtype
 from ir.rounding import search_qparams
 from ir.sites import Layer, readers
 from ir.straight_through import clip_shape, fake_quantize
@@ -79,14 +79,14 @@ class Student(nn.Module):
         for index, group in enumerate(self.groups):
             M = self.matrix(index)
             for member in group.members:
-                old = changed.get(member.node)
-                changed[member.node] = maps.mapped(self._stored(member.node) if old is None else old, member, M)
+                old = changed[member.node] if member.node in changed else self._stored(member.node)
+                changed[member.node] = maps.mapped(old, member, M.to(old.dtype))
         return changed
 
     def _stored(self, node: Node) -> Tensor:
         if node.op == "get_attr":
-            return edit.attribute(self.gm, node).detach().float()
-        return torch.ones(operand(node, "normalized_shape"))
+            return _wide(edit.attribute(self.gm, node).detach())
+        return torch.ones(operand(node, "normalized_shape"), dtype=compute_dtype(edit.value(node).dtype))
 
     def run(self, nodes: Sequence[Node], given: Values, keep: Sequence[Node], tensors: Mapping[Node, Tensor]) -> Values:
         """The values of `keep` after `nodes` are evaluated in order, with gradients where they are enabled."""
@@ -94,7 +94,8 @@ class Student(nn.Module):
 
         def read(node: Node) -> Any:
             if node.op == "get_attr":
-                return tensors.get(node, edit.attribute(self.gm, node).detach())
+                stored = edit.attribute(self.gm, node).detach()
+                return tensors[node].to(stored.dtype) if node in tensors else stored
             return environment[node]
 
         for node in nodes:
@@ -105,7 +106,7 @@ class Student(nn.Module):
                 continue
             args, kwargs = map_arg((node.args, node.kwargs), read)
             if node in tensors:  # a norm that gets a gain
-                args = (*args[:2], tensors[node], *args[3:])
+                args = (*args[:2], tensors[node].to(edit.value(node).dtype), *args[3:])
             environment[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return {node: environment[node] for node in keep}
 
@@ -116,13 +117,17 @@ class Student(nn.Module):
         if source in self.online:
             x = hadamard.transform(x, self.online[source])
         if source in self.input_clips and layer.site("input").encoding is not None:
-            x = fake_quantize(x, _of(layer, "input"), ratio(self.input_clips[source]))
-        weight = fake_quantize(weight, _of(layer, "weight"), ratio(self.weight_clips[layer.node]))
+            x = fake_quantize(_wide(x), _of(layer, "input"), ratio(self.input_clips[source])).to(x.dtype)
+        weight = fake_quantize(_wide(weight), _of(layer, "weight"), ratio(self.weight_clips[layer.node])).to(weight.dtype)
         return torch.nn.functional.linear(x, weight, read(bias) if isinstance(bias, Node) else None)
 
     def _turned(self, layer: Layer, weight: Tensor) -> Tensor:
         order = self.online.get(layer.site("input").operand)
         return weight if order is None else hadamard.transform(weight, order)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(compute_dtype(tensor.dtype))
 
 
 def ratio(parameter: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ LAYERS = ("ir", "passes", "backends")
 WHOLE = {
     "tests/backends/onnx_qdq/test_generation.py",
     "tests/backends/onnx_qdq/test_models.py",
+    "tests/backends/onnx_qdq/test_transforms.py",
     "tests/passes/test_laws.py",
 }  # test a package as a whole
 FORBIDDEN = {"ir": {"passes", "backends", "tools", "tests"}, "passes": {"backends", "tools", "tests"}, "backends": {"tools", "tests"}}

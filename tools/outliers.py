@@ -142,9 +142,9 @@ def plant_tokens(
 ) -> dict[str, tuple[int, int]]:
     """Make one kind of token massive in two channels, as the first token and delimiters are in large models; the rest stays ordinary.
 
-    The two channels that matter least become a detector of the token, `x = (g h)₊ (g h)`, with `g` by ridge regression on the MLP's input
-    `h`; their columns in the down projection cancel, so the function loses those two channels and nothing else. Scaling channels, as `plant`
-    does, cannot do this: `s = √(max|x| / max|w|)` follows any factor, so that SmoothRot with α = .5 is the same on any model planted that way.
+    The two channels that matter least become a detector of the token, `x = silu(g h) (g h)`, with `g` by ridge regression on the MLP's
+    input `h`; their columns in the down projection cancel, so the function loses those two channels and nothing else. Scaling channels, as
+    `plant` does, cannot do this: `s = √(max|x| / max|w|)` follows any factor, so SmoothRot with α = .5 does not see what was planted.
 
     Args:
         ids: `[windows, length]`.

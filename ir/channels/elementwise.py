@@ -70,14 +70,13 @@ def _scaled(flow: Flow, node: Node, labels: Labels, other: str) -> Labels:
     x = flow.spread(labels, label_shape(edit.value(node)))
     if flow.kind is Map.SCALE:
         return x
+    flow.limit(x, -1 if varying else None)
     if not varying:
-        flow.limit(x)
-    elif flow.kind in ELEMENTWISE and _is_vector(flow, node, other, x):
-        flow.limit(x, -1)
+        return x
+    if flow.kind in ELEMENTWISE and _is_vector(flow, node, other, x):
         flow.use(node, other, -1, flow.meet(x, -1), writes=True)
     elif -1 in varying or flow.kind is Map.SELECT:
         flow.bar(x, f"{where(node)} scales its channels")
-    flow.limit(x, -1) if varying else None
     return x
 
 

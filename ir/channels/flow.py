@@ -88,7 +88,7 @@ class Flow:
     taken: set[str] = field(default_factory=set)
     count: int = 0
     _fixed: list[tuple[int, int]] = field(default_factory=list)  # ranges of atoms, in order
-    _axes: dict[tuple[str, str, int], Labels] = field(default_factory=dict)
+    _first: dict[tuple[str, str, int], Use] = field(default_factory=dict)
 
     # What rules read.
 
@@ -107,7 +107,8 @@ class Flow:
 
     def labelled(self, node: Node) -> dict[str, list[Labels]]:
         """The labels of all operands that have some, by name."""
-        found = {name: [self.labels[read] for read in nodes_of(given) if read in self.labels] for name, given in operands(node).items()}
+        given_by_name = operands(node) or {"operand": node.all_input_nodes}
+        found = {name: [self.labels[read] for read in nodes_of(given) if read in self.labels] for name, given in given_by_name.items()}
         return {name: [one for each in labels for one in _flat(each)] for name, labels in found.items() if labels}
 
     # What rules say about atoms.
@@ -194,29 +195,29 @@ class Flow:
 
     # Stored tensors.
 
-    def use(self, call: Node, name: str, axis: int, atoms: Labels, *, writes: bool) -> Labels:
-        """Record that an axis of a call's stored operand carries these atoms, and return those of the tensor."""
+    def use(self, call: Node, name: str, axis: int, atoms: Labels, *, writes: bool) -> None:
+        """Record that an axis of a call's stored operand carries these atoms."""
         view = self.stored[operand(call, name)]
         own = view.axes[axis]
         assert own is not None
         self.claimed.setdefault((call, name), set()).add(own)
-        return self._carry(view.node, own, atoms, writes)
+        self._carry(view.node, own, atoms, writes)
 
-    def mark(self, norm: Node, atoms: Labels, *, writes: bool) -> Labels:
+    def mark(self, norm: Node, atoms: Labels, *, writes: bool) -> None:
         """Record that a norm without a stored tensor makes or reads these atoms."""
-        return self._carry(norm, 0, atoms, writes)
+        self._carry(norm, 0, atoms, writes)
 
-    def _carry(self, node: Node, axis: int, atoms: Labels, writes: bool) -> Labels:
+    def _carry(self, node: Node, axis: int, atoms: Labels, writes: bool) -> None:
         """A tensor that is used twice has one map."""
-        found = self._axes.setdefault((node.op, str(node.target) if node.op == "get_attr" else node.name, axis), atoms)
-        if found is atoms:
-            self.uses.append(Use(node, axis, atoms, writes))
-            self.limit(atoms)
-            return atoms
-        first = next(use for use in self.uses if use.atoms is found)
-        # Writers multiply, readers divide: a tensor that does both would need a map that is its own inverse.
-        self.tie(found, atoms if first.writes == writes or self.kind not in INVERTED else atoms ^ 1)
-        return found
+        first = self._first.setdefault(
+            (node.op, str(node.target) if node.op == "get_attr" else node.name, axis), Use(node, axis, atoms, writes)
+        )
+        self.limit(atoms)
+        if first.atoms is atoms:
+            self.uses.append(first)
+        else:
+            # Writers multiply, readers divide: what a tensor reads on one side and writes on the other has the inverse map there.
+            self.tie(first.atoms, atoms if first.writes == writes or self.kind not in INVERTED else atoms ^ 1)
 
 
 def nodes_of(given: object) -> list[Node]:

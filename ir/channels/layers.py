@@ -1,4 +1,7 @@
-"""Rows for layers, norms and products: what closes a space of channels and opens another."""
+"""Rows for layers, norms and products: what closes a space of channels and opens another.
+
+Norms that a model spells out, and that the normal form leaves spelled out, freeze what they read: their squares and means are not linear.
+"""
 
 from typing import Any
 
@@ -45,7 +48,8 @@ def _weigh(flow: Flow, node: Node, x: str, axis: int, weight: str, *, reads: int
 def _written(flow: Flow, node: Node, weight: str, writes: int, axis: int) -> Labels:
     """The labels of what a weight's axis writes, and its bias with it."""
     size = label_shape(edit.value(operand(node, weight)))[writes]
-    written = flow.use(node, weight, writes, flow.fresh([size]), writes=True)
+    written = flow.fresh([size])
+    flow.use(node, weight, writes, written, writes=True)
     if isinstance(operands(node).get("bias"), Node):
         _vector(flow, node, "bias", written)
     out = flow.spread(written.reshape([size] + [1] * (-1 - axis)), label_shape(edit.value(node)))
@@ -114,7 +118,7 @@ def _gained(flow: Flow, node: Node) -> Labels:
     """Scales that a norm's gain makes: a norm without one gets it when they are applied."""
     written = flow.fresh(label_shape(edit.value(operand(node, "input")))[-1:])
     if not isinstance(operand(node, "weight"), Node):
-        written = flow.mark(node, written, writes=True)
+        flow.mark(node, written, writes=True)
     for name in _vectors(node):
         _vector(flow, node, name, written)
     return written
@@ -134,8 +138,21 @@ def attention(flow: Flow, node: Node) -> Labels | None:
 
 
 def matmul(flow: Flow, node: Node) -> Labels | None:
+    """A product of the first two operands."""
+    left, right, *_ = operands(node)
+    return _multiply(flow, node, left, right)
+
+
+def added_matmul(flow: Flow, node: Node) -> Labels | None:
+    """A product that is added to something."""
+    out = _multiply(flow, node, "batch1", "batch2")
+    if out is not None:
+        flow.bar(out, f"{where(node)} adds it to what was not followed")
+    return out
+
+
+def _multiply(flow: Flow, node: Node, left: str, right: str) -> Labels | None:
     """With a stored weight a linear, over channels a dot product, over tokens a mixture."""
-    left, right = [name for name in operands(node) if name in FACTORS[node.target is aten.baddbmm.default]]
     a, b = flow.read(node, left), flow.read(node, right)
     if any(edit.value(operand(node, name)).ndim < 2 for name in (left, right)):
         return flow.refuse(node, f"{where(node)} is of a vector")
@@ -148,10 +165,9 @@ def matmul(flow: Flow, node: Node) -> Labels | None:
         return None
     if a is not None and b is not None:
         return flow.refuse(node, f"{where(node)} multiplies channels by channels")
-    return None if a is b is None else _mix(flow, node, b, -1) if a is None else _mix(flow, node, a, -2)  # type: ignore[arg-type]
-
-
-FACTORS = (("self", "input", "other", "mat2", "weight"), ("batch1", "batch2"))
+    if a is not None:
+        return _mix(flow, node, a, -2)
+    return None if b is None else _mix(flow, node, b, -1)
 
 
 def _contract(flow: Flow, node: Node, q: Labels | None, k: Labels | None) -> None:
@@ -187,6 +203,7 @@ ROWS: dict[Any, Rule] = {
     aten.embedding.default: embedding,
     **dict.fromkeys((aten.rms_norm.default, aten.layer_norm.default), norm),
     aten.scaled_dot_product_attention.default: attention,
-    **dict.fromkeys((aten.matmul.default, aten.bmm.default, aten.baddbmm.default, torch.ops.aten._grouped_mm.default), matmul),
+    **dict.fromkeys((aten.matmul.default, aten.bmm.default, torch.ops.aten._grouped_mm.default), matmul),
+    aten.baddbmm.default: added_matmul,
     "transformers::grouped_mm_fallback": matmul,  # known by name: it exists once transformers has traced a mixture of experts
 }

@@ -1,11 +1,13 @@
 """The law of channel groups on whole models: random maps of all free groups, over prefill and two steps with the cache."""
 
+from functools import cache
+
 import pytest
 
 from ir import edit
 from ir.channels import Map, channel_groups
 from ir.verify import verify
-from passes.pipeline import relative_error
+from passes.probe import relative_error
 from tests.families import FAMILIES, load
 from tests.ir.channels.samples import group_of
 from tests.mapping import map_all
@@ -15,10 +17,15 @@ from tests.wide import in_float64
 LENGTHS = (7, 1, 1)
 
 
-def prepared(name, pipeline="canonicalize, untie, fold_norm, center_norm"):
+@cache
+def _prepared(name, pipeline):
     gm = load(name).graph()
     run(gm, pipeline)
     return gm
+
+
+def prepared(name, pipeline="canonicalize, untie, fold_norm, center_norm"):
+    return edit.copied(_prepared(name, pipeline))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

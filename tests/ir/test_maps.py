@@ -7,7 +7,7 @@ from ir.channels import Map
 from ir.errors import PassError
 from ir.match import aten, find, operand
 from ir.verify import verify
-from passes.pipeline import relative_error
+from passes.probe import relative_error
 from tests.ir.channels.samples import graph, group_of, sample
 from tests.mapping import map_all, random_map
 

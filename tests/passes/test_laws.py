@@ -8,16 +8,16 @@ import pytest
 import torch
 
 import passes
-from ir import evaluate
 from ir.capture import capture
 from ir.text import graph_text
 from ir.verify import verify
 from passes import registry
 from passes.base import Effect
 from passes.pipeline import Pipeline
-from passes.probe import relative_error
+from passes.probe import model_outputs, relative_error
 from tests.families import build, load
-from tests.passes.samples import CALIBRATION, context, run, same_weights, tokens, weights
+from tests.passes.samples import CALIBRATION, context, run, same_weights, weights
+from tests.wide import in_float64
 
 FAMILIES = ("llama_tied", "gpt2", "gemma2")
 
@@ -108,18 +108,33 @@ def test_a_pass_does_the_same_twice(case, family):
     assert same_weights(*graphs)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+class Doubling(torch.nn.Module):
+    """No layers, and so no channels."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x.tanh()
+
+
+@pytest.mark.parametrize("name", [name for name, kind in registry.passes().items() if kind.effect is Effect.PRESERVE and name != "learn"])
+def test_a_pass_on_a_graph_without_groups_returns_zero(name):
+    gm = capture(Doubling(), (torch.randn(4, 8),))
+    run(gm, "canonicalize")
+    records, _ = run(gm, name, [torch.randn(4, 8)])
+    assert records[-1].sites == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_passes_that_keep_the_function_keep_it_in_float64(family):
     gm = capture(build(family, torch.float64))
-    inputs = gm.meta["signature"].bind(input_ids=tokens(2, 9))
-    before = evaluate.run(gm, inputs)
+    before = model_outputs(gm, gm.meta["example"])
     run(gm, "canonicalize")
-    canonical = evaluate.run(gm, inputs)
-    assert relative_error(canonical, before) <= 1e-6  # models compute norms and rotary tables in float32 even so
+    assert relative_error(model_outputs(gm, gm.meta["example"]), before) <= 1e-6  # models compute norms in float32 even so
+    gm = in_float64(gm)
+    canonical = model_outputs(gm, gm.meta["example"])
     for name, kind in registry.passes().items():
         if kind.effect is Effect.PRESERVE:
-            run(gm, f"untie, {BEFORE.get(name, '')}, {name}".replace(", ,", ","), CALIBRATION)
-            assert relative_error(evaluate.run(gm, inputs), canonical) <= 1e-9, name
+            run(gm, f"{BEFORE.get(name, 'untie')}, {name}", CALIBRATION)
+            assert relative_error(model_outputs(gm, gm.meta["example"]), canonical) <= 1e-9, name
 
 
 def test_the_callers_model_stays_bit_identical():

@@ -35,6 +35,13 @@ def test_learning_lowers_the_error_of_what_comes_after(loss):
     assert found[True] < 0.95 * found[False]
 
 
+def test_half_precision_models_are_learned_in_their_dtype():
+    gm = load("llama", torch.bfloat16).graph()
+    records, _ = run(gm, f"{MARKED}, learn(steps=3), rotate_channels(where=['R4'])", CALIBRATION)
+    assert records[-2].sites > 0
+    assert all(value.dtype == torch.bfloat16 for name, value in gm.state_dict().items() if "proj" in name)
+
+
 def test_clips_are_annotated():
     gm, *_ = kept("llama", f"{MARKED}, learn(parts=['clips'], steps=6, clip=0.8)")
     clips = [layer.site("input").encoding.clip for layer in layers(gm) if layer.site("input").encoding]

@@ -6,9 +6,9 @@ import torch
 from ir.capture import capture
 from ir.errors import DataError
 from tests.families import VOCABULARY, build
-from tools.outliers import gated, gates, inputs, plant, plant_tokens
+from tools.outliers import gated, inputs, plant, plant_tokens
 
-GATED = ("llama", "gemma2", "phi3")  # phi3 writes both branches by one linear
+GATED = ("llama", "phi3")  # phi3 writes both branches by one linear
 
 
 def ids(seed=0):
@@ -34,25 +34,16 @@ def test_the_function_stays_and_channels_become_massive(name):
         torch.testing.assert_close(y, x * factors, rtol=1e-2, atol=1e-3 * float(y.abs().max()))
 
 
-def test_planting_is_deterministic_in_the_seed():
-    first, again, other = (plant(build("llama"), ids(), seed=seed) for seed in (0, 0, 1))
-    assert first == again != other
-
-
-def test_layers_and_numbers_of_channels_can_be_chosen():
-    pairs = plant(build("llama"), ids(), channels=3, layers=[-1])
-    assert list(pairs) == ["model.layers.1.mlp.down_proj"] and len(pairs["model.layers.1.mlp.down_proj"]) == 3
-    (one, _) = plant(build("llama"), ids(), share=0.001).values()
-    assert len(one) == 1
-
-
-def test_the_tail_is_that_of_as_many_tokens_as_asked_for():
+def test_layers_numbers_and_tails_can_be_chosen_and_the_seed_decides():
     gm = capture(build("llama"))
-    node = gated(gm)[0]
+    node = gated(gm)[-1]
     x = inputs(gm, [node], ids())[node].flatten(0, 1).abs()
-    for tokens in (1, 10):
-        (((channel, _),),) = plant(build("llama"), ids(), channels=1, tokens=tokens, layers=[0]).values()
-        assert channel == int((x.topk(tokens, 0).values.mean(0) / x.mean(0)).argmax())
+    tail = x.topk(10, 0).values.mean(0) / x.mean(0)
+    first, again, other = (plant(build("llama"), ids(), channels=3, tokens=10, layers=[-1], seed=seed) for seed in (0, 0, 1))
+    assert first == again != other
+    assert {path: [channel for channel, _ in pairs] for path, pairs in first.items()} == {
+        "model.layers.1.mlp.down_proj": tail.topk(3).indices.tolist()
+    }
 
 
 def test_massive_tokens_are_few_and_cancel_in_the_output():
@@ -75,6 +66,5 @@ def test_massive_tokens_are_few_and_cancel_in_the_output():
 
 def test_models_without_gates_are_refused():
     model = build("gpt2")
-    assert gates(capture(model)) == []
     with pytest.raises(DataError, match="product"):
         plant(model, ids())

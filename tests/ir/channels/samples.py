@@ -139,6 +139,7 @@ SAMPLES: dict[str, Sample] = {
     ),
     "called on its own output": between(lambda y, c: y + linear(y, c) + linear(linear(y, c), c), c=(WIDTH, WIDTH)),
     "writer and reader": between(lambda y, c: linear(linear(y, c), c.T), c=(WIDTH, WIDTH)),
+    "writer and reader, normed": between(lambda y, c: linear(F.rms_norm(linear(y, c), [WIDTH]), c.T), c=(WIDTH, WIDTH)),
     "read by something else": ((lambda x, a, b: linear(linear(x, a), b) * a.sum()), SQUARE),
     "returned weight": ((lambda x, a, b: (linear(linear(x, a), b), a + 0)), SQUARE),
     "dequantized": (dequantized, SQUARE),
@@ -161,6 +162,10 @@ SAMPLES: dict[str, Sample] = {
     "attention of one head": attending(softmax_attention, {**GROUPED, "k": (SIZE, WIDTH), "v": (SIZE, WIDTH)}),
     "attention of rank 3": ((lambda x, q, k, v, o: linear(F.scaled_dot_product_attention(*(linear(x, w) for w in (q, k, v))), o)), QKVO),
     "attention, batched": attending(lambda q, k, v: torch.baddbmm(q[:, 0] @ k[:, 0].mT, q[:, 1], k[:, 1].mT).softmax(-1)[:, None] @ v),
+    "values added to the input": (
+        (lambda x, a, b: linear(torch.baddbmm(x, x @ x.mT, linear(x, a)), b)),
+        SQUARE,
+    ),
     "attention with a learned mask": attending(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, (q @ k.mT).clone())),
     "attention with a mask of channels": (
         (lambda x, q, k, v, o: linear(F.scaled_dot_product_attention(linear(x, q), linear(x, k), linear(x, v), linear(x, o)[..., :1]), o)),

@@ -39,6 +39,7 @@ SCALE, ROTATE, LINEAR, PERMUTE, SELECT, CENTER = Map.SCALE, Map.ROTATE, Map.LINE
         ("layer norm by hand", SCALE, "adds up its channels"),  # the capture leaves it decomposed
         ("residual", ROTATE, "1 x 16"),
         ("gram", LINEAR, "multiplies channels by channels"),
+        ("values added to the input", SCALE, "adds it to what was not followed"),
         ("transposed values", ROTATE, "4 x 4"),
     ],
 )

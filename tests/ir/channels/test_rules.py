@@ -7,8 +7,9 @@ from ir import evaluate
 from ir.capture import capture
 from ir.channels import Map, channel_groups, elementwise, layers, structure
 from ir.channels.rules import RULES
+from ir.match import aten
 from ir.verify import verify
-from passes.pipeline import relative_error
+from passes.probe import relative_error
 from tests.ir.channels.samples import SAMPLES, graph, sample, verdict
 from tests.mapping import map_all
 
@@ -45,3 +46,13 @@ def test_what_no_row_answers_for_is_frozen(name, reason):
 def test_a_graph_without_layers_has_no_groups():
     gm = graph(lambda x: torch.relu(x) + 1)
     assert [group for kind in Map for group in channel_groups(gm, kind)] == []
+
+
+def test_calls_without_a_schema_freeze_what_they_read():
+    gm = capture(sample("linears"))
+    first, _ = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
+    with gm.graph.inserting_after(first):
+        doubled = gm.graph.call_function(torch.add, (first, first))
+    first.replace_all_uses_with(doubled, delete_user_cb=lambda user: user is not doubled)
+    doubled.meta["val"] = first.meta["val"]
+    assert all(group.reason for group in channel_groups(gm, Map.ROTATE))

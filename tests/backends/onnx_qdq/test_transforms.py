@@ -1,0 +1,36 @@
+"""Transformed graphs in ONNX Runtime: rotations, block transforms and clips that are computed online follow the oracle."""
+
+import pytest
+import torch
+
+import passes
+from tests.families import load
+from tests.passes.samples import CALIBRATION, tokens
+
+
+def errors(family, pipeline):
+    """Of ONNX Runtime's logits, element by element over the greatest of the oracle's, for a prompt and two steps with the cache."""
+    models = [
+        passes.compile(load(family).captured, pipeline, CALIBRATION, backend=name) for name in ("reference", "onnx(accuracy_level=1)")
+    ]
+    found, past = [], [None, None]
+    for ids in (tokens(2, 9), tokens(2, 1, seed=5), tokens(2, 1, seed=6)):
+        outputs = [model(input_ids=ids, past_key_values=cache) for model, cache in zip(models, past, strict=True)]
+        past = [output.past_key_values for output in outputs]
+        oracle, ours = (output.logits for output in outputs)
+        found.append(((ours - oracle).abs() / oracle.abs().amax()).flatten())
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_rotations_are_exact(family):
+    text = "rotate(where=['R1', 'R2', 'R3', 'R4']), balance_channels(online=True), observe, smooth_channels(where=['norm'])"
+    assert errors(family, text).amax() < 1e-5
+
+
+@pytest.mark.parametrize("pipeline", ["w4a4", "w8a8(transform='smoothrot', cache=8)"])
+def test_quantized_transforms_follow_the_oracle(pipeline):
+    # A difference of 1e-7 can move a value to the next code: then a row differs by more.
+    found = errors("llama", pipeline)
+    assert found.quantile(0.5) < 1e-4
+    assert found.amax() < 0.05

@@ -24,7 +24,7 @@ from ir.scale_learning import RATES, Recipe
 from ir.sites import readers
 from passes.calibration import flat_batches, token_windows
 from passes.measure import perplexity
-from tools.outliers import gated, inputs, plant
+from tools.outliers import gated, inputs, plant, plant_tokens
 from tools.smoothrot_families import BASE, PARTIAL, PUBLISHED, Place, Quantized, choose, error, smoothrot
 from tools.smoothrot_plots import draw
 
@@ -90,6 +90,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--channels", type=int)
     parser.add_argument("--tokens", type=int, default=1)
     parser.add_argument("--layers", type=int, nargs="*")
+    parser.add_argument("--massive", help="SHARE,SIZE: plant a kind of token that is so massive first")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
@@ -118,6 +119,11 @@ def prepared(options: argparse.Namespace) -> tuple[GraphModule, list[Place], Ten
         words = [f"{name} {value}" for name, value in given.items() if value not in (None, 1)]
         words += [] if options.channels else [f"share {options.share:g}"]
         title = f"{options.model.name} with planted outliers: factors {low:g} to {high:g}, {', '.join(words)}"
+    if options.massive:
+        share, size = map(float, options.massive.split(","))
+        layers = options.layers or [1]
+        plant_tokens(model, ids[:64], share, size, layers, options.seed)
+        title = f"{options.model.name} with massive tokens: {size:g} at about {100 * share:g} % of tokens in layers {layers}"
     gm = capture(model)
     return gm, places(gm, ids), tests, title
 

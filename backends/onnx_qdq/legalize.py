@@ -140,7 +140,8 @@ def _write_integer(gm: GraphModule, site: QuantizedSite, form: Form, options: Op
     operands = _attach(gm, site, layout.integer(site.weight, options.signed))
     step, offset = (None, None) if activation.encoding.dynamic else _static(gm, site, activation)
     low, high = code_range(activation.encoding)
-    return 8, _insert(site, SITE.integer.default, [activation.source, *operands, _bias(site), step, offset, low, high, activation.encoding.clip])
+    rest = [_bias(site), step, offset, low, high, activation.encoding.clip]
+    return 8, _insert(site, SITE.integer.default, [activation.source, *operands, *rest])
 
 
 def _static(gm: GraphModule, site: QuantizedSite, activation: Activation) -> tuple[Node, Node | None]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from ir import numerics
 from ir.encoding import Encoding
 from ir.errors import DataError, OptionError
-from ir.rounding import GPTQ, SCALE_DTYPE, Nearest, descend, search_qparams
+from ir.rounding import GPTQ, SCALE_DTYPE, Nearest, descend, propagate_error, search_qparams
 
 PLAIN = GPTQ(search=False, sweeps=0)
 ENCODINGS = [
@@ -237,3 +237,14 @@ def test_misuse_is_refused():
         GPTQ().round_weight(W, encoding, torch.eye(40) - 100 * torch.eye(40).flip(0))
     with pytest.raises(OptionError):
         GPTQ(damping=-1)
+
+
+def test_propagated_weights_make_up_for_the_error_of_the_inputs():
+    W, X = weight(), inputs(tokens=400)
+    X_hat = X + 0.3 * inputs(tokens=400, seed=5)
+    H, cross = X_hat.T @ X_hat, X.T @ X_hat
+    target = propagate_error(W, H, cross, damping=1e-6)
+    exact = torch.linalg.lstsq(X_hat.double(), (X @ W.T).double()).solution.T
+    torch.testing.assert_close(target.double(), exact, rtol=1e-2, atol=1e-3)
+    assert torch.equal(propagate_error(W, H, H), W)
+    assert torch.equal(propagate_error(W, H, cross, strength=0.0), W)

@@ -1,0 +1,52 @@
+import torch
+
+from ir import evaluate
+from ir.sites import layers
+from passes.prefix import Prefix
+from tests.families import load
+from tests.passes.samples import CALIBRATION, run
+
+
+def prepared(pipeline):
+    gm = load("llama").graph()
+    _, ctx = run(gm, f"canonicalize, untie, {pipeline}", CALIBRATION)
+    return gm, ctx, {layer.node: layer for layer in layers(gm) if layer.path.endswith("_proj")}
+
+
+def tapped(gm, ctx, node):
+    found = []
+    for batch in ctx.calibration:
+        evaluate.run(gm, batch, lambda at, value: found.append(value) if at is node else None)
+    return torch.cat([value.flatten(0, -2) for value in found]).double()
+
+
+def test_every_layer_gets_the_second_moments_of_its_input():
+    gm, ctx, pending = prepared("annotate")
+    seen = []
+    for inputs in Prefix(gm, ctx, pending).inputs("test"):
+        x = tapped(gm, ctx, inputs.layers[0].site("input").operand)
+        torch.testing.assert_close(inputs.gram.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+        assert inputs.cross is None
+        seen += [layer.path.rpartition(".")[2] for layer in inputs.layers]
+    assert seen == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"] * 2
+
+
+def test_the_model_as_it_was_has_no_rounded_activations():
+    gm, ctx, pending = prepared("annotate(scheme='W4A4'), quantize(weights=False)")
+    exact = load("llama").graph()
+    run(exact, "canonicalize")
+    wanted = {layer.path: layer for layer in layers(exact)}
+    for inputs in Prefix(gm, ctx, pending, exact=True).inputs("test"):
+        x_hat = tapped(gm, ctx, inputs.layers[0].site("input").operand)
+        x = tapped(exact, ctx, wanted[inputs.layers[0].path].site("input").operand)
+        torch.testing.assert_close(inputs.gram.double(), x_hat.T @ x_hat / len(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(inputs.cross.double(), x.T @ x_hat / len(x), rtol=1e-4, atol=1e-4)
+
+
+def test_making_up_for_the_prefix_helps():
+    found = {}
+    for strength in (0.0, 0.5):
+        gm, ctx, _ = prepared("annotate(scheme='W2A16', group=32, symmetric=False)")
+        (record,), _ = run(gm, f"round_weights(propagation={strength})", ctx=ctx)
+        found[strength] = record.difference
+    assert found[0.5] < found[0.0]

@@ -89,17 +89,19 @@ def both(
     return Pipeline((*steps, *clipped, Quantize(weights=False), RoundWeights(propagation=PROPAGATION), *_cached(cache)))
 
 
-def rotate(where: Sequence[str] = ("R1", "R2", "R4"), kind: str = "hadamard", block: int = -1, seed: int = 0) -> Pipeline:
+def rotate(*, where: Sequence[str] = ("R1", "R2", "R4"), kind: str = "hadamard", block: int = -1, seed: int = 0) -> Pipeline:
     """Rotations only; options as of `rotate_channels`."""
     return Pipeline((*OPENED, RotateChannels(cast("tuple[str, ...]", where), kind, block, seed)))
 
 
-def smooth(alpha: float = 0.5, quantile: float = 1.0, mean: bool = False, search: bool = False, where: Sequence[str] = PLACES) -> Pipeline:
+def smooth(
+    *, alpha: float = 0.5, quantile: float = 1.0, mean: bool = False, search: bool = False, where: Sequence[str] = PLACES
+) -> Pipeline:
     """Smoothing only; options as of `smooth_channels`."""
     return Pipeline((*OPENED, SmoothChannels(alpha, quantile, mean, search, where=cast("tuple[str, ...]", where))))
 
 
-def smoothrot(alpha: float = 0.5, quantile: float = 1.0, search: bool = False) -> Pipeline:
+def smoothrot(*, alpha: float = 0.5, quantile: float = 1.0, search: bool = False) -> Pipeline:
     """Smoothing of what a gate or a ReLU writes, then rotation: SmoothRot (2506.05413), with quantiles (2606.09927)."""
     return Pipeline((*OPENED, SmoothChannels(alpha, quantile, search=search, rotated=search, where=MLP), RotateChannels()))
 

@@ -25,6 +25,7 @@ def draw(out: Path, name: str, errors: Mapping[str, Sequence[float]], at: Place,
     """
     try:
         from matplotlib import pyplot  # noqa: PLC0415 (optional)
+        from PIL import Image  # noqa: PLC0415 (comes with it)
     except ImportError:
         print("no plots: matplotlib is not installed")
         return []
@@ -62,4 +63,5 @@ def draw(out: Path, name: str, errors: Mapping[str, Sequence[float]], at: Place,
     path = out / f"smoothrot-{name}.png"
     figure.savefig(path, dpi=70)
     pyplot.close(figure)
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)  # a third of the size
     return [path]

@@ -10,6 +10,7 @@ from passes import presets, registry
 from passes.pipeline import Pipeline
 from passes.presets import PRESETS
 from passes.probe import relative_error
+from passes.transforms import TRANSFORMS
 from tests.families import FAMILIES, LAYERS, load
 from tests.passes.samples import compiled, tokens
 
@@ -21,6 +22,11 @@ VARIANTS = [
     "w4a16(group=-1, symmetric=True, rounding='nearest')",
     "w4a16(head=True, embeddings=True)",
     "w4a16(ignore=['down_proj'])",
+    *(f"w4a4(transform='{name}')" for name in TRANSFORMS),
+    "w8a8(transform='rotate', dynamic=False, cache=8)",
+    "rotate(where=['R1', 'R3'], kind='orthogonal')",
+    "smooth(mean=True, search=True)",
+    "smoothrot(search=True)",
 ]
 
 
@@ -31,20 +37,35 @@ def test_a_preset_is_a_pipeline_that_prints_as_one(text):
     assert str(pipeline).startswith("canonicalize, ")
 
 
-@pytest.mark.parametrize("name", PRESETS)
+ROUNDING = [name for name in PRESETS if name.startswith("w")]
+
+
+@pytest.mark.parametrize("name", ROUNDING)
 def test_a_preset_covers_every_linear_but_the_head(name):
     made = compiled("llama", name)
     weights = sum(module.weight.numel() for path, module in load("llama").model.named_modules() if path.endswith("_proj"))
     assert made.report().coverage.elements == weights
     assert {skip.path for skip in made.report().skipped} == {"lm_head", "model.embed_tokens"}
-    assert 0 < made.report().difference < (1 if name in {"w2a16", "w4a4"} else 0.5)
+    assert 0 < made.report().difference < (1 if name in {"w2a16", "w4a4", "w3a3"} else 0.5)
 
 
-@pytest.mark.parametrize("text", [text for text in VARIANTS if "(" in text])
+@pytest.mark.parametrize("text", [text for text in VARIANTS if "(" in text and text.startswith("w")])
 def test_options_of_presets_run(text):
     coverage = compiled("llama_tied", text).report().coverage
     assert coverage.elements > 0
     assert torch.isfinite(torch.tensor(compiled("llama_tied", text).report().difference))
+
+
+@pytest.mark.parametrize("text", [text for text in VARIANTS if not text.startswith("w")])
+def test_transforms_alone_keep_the_function(text):
+    made = compiled("llama_tied", text)
+    assert made.report().difference < 1e-5
+    assert made.coverage == 0
+
+
+def test_an_unknown_transform_is_refused():
+    with pytest.raises(OptionError, match="no transform 'fourier'"):
+        presets.w4a4(transform="fourier")
 
 
 def test_ready_made_presets_are_spread_into_pipelines():

@@ -107,7 +107,7 @@ class RotateChannels(Pass):
     def _matrix(self, group: ChannelGroup, seed: int) -> Tensor:
         """`[blocks, block, block]`, the same in every block."""
         size = group.block if self.kind == "orthogonal" and self.block == -1 else self._order(group.block)
-        one = torch.kron(torch.eye(group.block // size, dtype=torch.float64), KINDS[self.kind](size, seed))
+        one = torch.kron(torch.eye(group.block // size, dtype=torch.float64), KINDS[self.kind](size, seed).contiguous())
         return one.expand(group.blocks, -1, -1)
 
     def _online(self, gm: GraphModule, source: Node, found: list[Layer]) -> None:

@@ -22,7 +22,7 @@ VARIANTS = [
     "w4a16(group=-1, symmetric=True, rounding='nearest')",
     "w4a16(head=True, embeddings=True)",
     "w4a16(ignore=['down_proj'])",
-    *(f"w4a4(transform='{name}')" for name in TRANSFORMS),
+    *(f"w4a4(transform='{name}')" for name in TRANSFORMS if name != "balance"),  # the default
     "w8a8(transform='rotate', dynamic=False, cache=8)",
     "rotate(where=['R1', 'R3'], kind='orthogonal')",
     "smooth(mean=True, search=True)",

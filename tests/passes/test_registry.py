@@ -56,7 +56,7 @@ def test_they_are_gone_where_they_are_not_installed():
 
 def test_the_projects_own_passes_are_registered():
     names = list(registry.passes())
-    assert names[:7] == ["canonicalize", "untie", "fold_norm", "observe", "annotate", "round_weights", "quantize"]
+    assert names[: len(registry.MODULES)] == list(registry.MODULES)
     assert all(kind.name() == name for name, kind in registry.passes().items())
 
 

@@ -203,7 +203,7 @@ def _place(group: ChannelGroup, values: set[Node]) -> str:
 
 def _samples(gm: GraphModule, ctx: Context, sources: list[Node]) -> dict[Node, Tensor]:
     """Some calibration tokens of each tensor, `[tokens, channels]`, evenly from all batches."""
-    wanted = set(sources)
+    wanted = dict.fromkeys(sources)  # in order: one generator draws for all
     share = -(-SAMPLE // max(len(ctx.calibration), 1))
     kept: dict[Node, list[Tensor]] = {source: [] for source in wanted}
 

@@ -67,7 +67,6 @@ CASES = [
     ("quantize_cache(keys=8, values=4)", "llama"),
     ("quantize_cache(keys=4, values=2, symmetric=True, dynamic=False)", "llama"),
     ("quantize_cache(keys=2, values=8, dynamic=False)", "gpt2"),
-    ("quantize_cache(keys=4, values=8, symmetric=True)", "gpt2"),
     ("quantize_cache(keys=4, values=2, channels=True)", "llama_tied"),
 ]
 

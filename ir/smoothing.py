@@ -16,6 +16,7 @@ from ir.errors import DataError, OptionError
 from ir.hadamard import largest_block, transform
 from ir.numerics import TINY
 from ir.statistics import TensorStatistics
+from ir.straight_through import round_through
 
 LEAST = 1e-5  # no scale is smaller
 Statistic = float | Literal["mean"]  # a quantile of |x|, 1 being its maximum, or its mean
@@ -120,18 +121,6 @@ def centred(s: Tensor) -> Tensor:
     return (s.log() - s.log().mean()).exp()
 
 
-class _Round(torch.autograd.Function):
-    """Round half to even; the gradient goes straight through."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(ctx: object, *grad: Tensor) -> Tensor:
-        return grad[0]
-
-
 def rounded(x: Tensor, bits: int | None, clip: Tensor | float = 1.0, *, absmax: Tensor | None = None) -> Tensor:
     """`x [rows, columns]` after symmetric quantization with one scale a row: `ir.numerics` on `i4[1,-1]`, but with a gradient.
 
@@ -150,8 +139,7 @@ def rounded(x: Tensor, bits: int | None, clip: Tensor | float = 1.0, *, absmax: 
     top = 2.0 ** (bits - 1)
     absmax = x.abs().amax(-1, keepdim=True) if absmax is None else absmax
     scale = (absmax * clip / (top - 0.5)).clamp_min(TINY)
-    codes: Tensor = _Round.apply(x / scale)  # type: ignore[no-untyped-call]
-    return codes.clamp(-top, top - 1) * scale
+    return round_through(x / scale).clamp(-top, top - 1) * scale
 
 
 def transformed(X: Tensor, W: Tensor, s: Tensor | None = None, hadamard: bool = True) -> tuple[Tensor, Tensor]:

@@ -33,12 +33,12 @@ def fake_quantize(x: Tensor, encoding: Encoding, clip: Tensor | float = 1.0) -> 
     low, high = numerics.code_range(encoding)
     if encoding.symmetric:
         scale = (split.abs().amax(axes, keepdim=True) * clip / (2.0 ** (encoding.bits - 1) - 0.5)).clamp_min(numerics.TINY)
-        values = _round(split / scale).clamp(low, high) * scale
+        values = round_through(split / scale).clamp(low, high) * scale
     else:
         least, greatest = (split.amin(axes, keepdim=True).clamp_max(0) * clip, split.amax(axes, keepdim=True).clamp_min(0) * clip)
         scale = ((greatest - least) / (high - low)).clamp_min(numerics.TINY)
-        zero = _round(-least / scale).clamp(low, high)
-        values = ((_round(split / scale) + zero).clamp(low, high) - zero) * scale
+        zero = round_through(-least / scale).clamp(low, high)
+        values = ((round_through(split / scale) + zero).clamp(low, high) - zero) * scale
     padded = [n * b for n, b in zip(split.shape[::2], split.shape[1::2], strict=True)]
     values = values.reshape(padded)
     for axis, size in enumerate(x.shape):
@@ -51,6 +51,7 @@ def clip_shape(shape: tuple[int, ...], encoding: Encoding) -> tuple[int, ...]:
     return tuple(part for count in encoding.scale_shape(shape) for part in (count, 1))
 
 
-def _round(x: Tensor) -> Tensor:
+def round_through(x: Tensor) -> Tensor:
+    """`x` rounded half to even; its gradient is that of the identity."""
     rounded: Tensor = _Round.apply(x)  # type: ignore[no-untyped-call]
     return rounded

@@ -51,7 +51,7 @@ def cache_sites(gm: GraphModule) -> Iterator[tuple[str, CacheSite | str]]:
     signature: Signature = gm.meta["signature"]
     results = dict(zip((port.name for port in signature.outputs), gm.graph.output_node().args[0], strict=True))  # type: ignore[arg-type]
     for port, past in zip(signature.inputs, evaluate.placeholders(gm), strict=True):
-        if port.name.startswith(f"{CACHE}.") and port.torch_dtype.is_floating_point and not port.keeps_scales:
+        if port.cached and port.torch_dtype.is_floating_point and not port.keeps_scales:
             name = port.name.removeprefix(f"{CACHE}.")
             yield name, _site(name, past, results.get(f"{PRESENT}.{name}"))
 

@@ -16,7 +16,7 @@ Tap = Callable[[Node, Any], None]
 
 def placeholders(gm: GraphModule) -> list[Node]:
     """The graph's inputs, in order."""
-    return [node for node in gm.graph.nodes if node.op == "placeholder"]
+    return list(gm.graph.find_nodes(op="placeholder"))
 
 
 def bind(gm: GraphModule, inputs: Sequence[Tensor]) -> Environment:

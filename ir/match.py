@@ -16,6 +16,8 @@ from torch.fx import GraphModule, Node
 aten = torch.ops.aten
 
 Bindings = Mapping[str, Any]
+NORMS = (aten.rms_norm.default, aten.layer_norm.default)
+
 Operand: TypeAlias = Any  # what fx passes: a node, a number, a dtype, None, or lists of these
 
 

@@ -5,33 +5,36 @@ from collections.abc import Sequence
 from torch.fx import GraphModule, Node
 
 from ir.channels import ChannelGroup
-from ir.match import aten
+from ir.match import NORMS, behind_casts, is_call
 from ir.ops import HADAMARD
-from ir.sites import Layer, heads, readers
+from ir.sites import Layer, chosen
 
-NORMS = (aten.rms_norm.default, aten.layer_norm.default)
+Found = dict[Node, list[Layer]]
 
 
-def online_inputs(gm: GraphModule, groups: Sequence[ChannelGroup]) -> dict[Node, list[Layer]]:
-    """Tensors that cannot be rotated offline, and the linears that read them.
+def online_inputs(gm: GraphModule, groups: Sequence[ChannelGroup]) -> tuple[Found, dict[str, str]]:
+    """Tensors that a nonlinearity makes, so that nothing rotates them offline, with the linears that read them; and what is left out, why.
 
-    Where a recipe has annotated inputs, only these count. Output heads are left out, and norms: their inputs are the residual stream.
+    What norms write belongs to the residual stream, and what the graph is given to its caller: neither is one of them. Of the linears only
+    those count that `ir.sites.chosen` names.
 
     Args:
         gm: the graph.
         groups: its groups of the kind ROTATE.
+
+    Returns:
+        The linears by the tensor that they read, and reasons by the path of the linear.
     """
     frozen = {member.node for group in groups if group.reason for member in group.readers if member.axis == 1}
-    outputs = heads(gm)
-    annotated = any(layer.site("input").encoding for found in readers(gm).values() for layer in found)
-    result: dict[Node, list[Layer]] = {}
-    for source, found in readers(gm).items():
-        wanted = [
-            layer
-            for layer in found
-            if layer.weight in frozen and layer.node not in outputs and (layer.site("input").encoding or not annotated)
-        ]
-        shared = any(len(layer.weight.users) > 1 for layer in wanted)
-        if wanted and not shared and source.target not in (*NORMS, HADAMARD) and source.op == "call_function":
-            result[source] = wanted
-    return result
+    found: Found = {}
+    left: dict[str, str] = {}
+    for layer in chosen(gm, "input"):
+        source = layer.site("input").operand
+        made = behind_casts(source)
+        if layer.weight not in frozen or made.op != "call_function" or is_call(made, *NORMS, HADAMARD):
+            continue
+        if len(layer.weight.users) > 1:
+            left[layer.path] = "its weight is shared with another layer (run untie first)"
+        else:
+            found.setdefault(source, []).append(layer)
+    return found, left

@@ -38,9 +38,14 @@ class Port:
         return dtype
 
     @property
+    def cached(self) -> bool:
+        """Whether it holds a part of the key/value cache."""
+        return self.name.startswith((f"{CACHE}.", f"{PRESENT}."))
+
+    @property
     def keeps_scales(self) -> bool:
         """Whether it holds scales of a quantized cache, which keep their dtype whatever the model computes in."""
-        return self.name.partition(".")[0] in {CACHE, PRESENT} and self.name.endswith("_scale")
+        return self.cached and self.name.endswith("_scale")
 
     @classmethod
     def of(cls, name: str, fake: Tensor) -> "Port":
@@ -69,18 +74,17 @@ class Signature:
     @property
     def layers(self) -> int:
         """The number of layers that keep a key/value cache."""
-        return len({port.name.split(".")[1] for port in self.inputs if port.name.startswith(f"{CACHE}.")})
+        return len({port.name.split(".")[1] for port in self.inputs if port.cached})
 
     @property
     def coded(self) -> tuple[Port, ...]:
         """The outputs that hold codes, scales and zero points of a quantized cache."""
-        caches = [port for port in self.outputs if port.name.startswith(f"{PRESENT}.")]
-        return tuple(port for port in caches if port.keeps_scales or not port.torch_dtype.is_floating_point)
+        return tuple(port for port in self.outputs if port.cached and (port.keeps_scales or not port.torch_dtype.is_floating_point))
 
     @property
     def token_bytes(self) -> int:
         """Bytes that the cache takes for each token of each row."""
-        caches = [port for port in self.inputs if port.name.startswith(f"{CACHE}.")]
+        caches = [port for port in self.inputs if port.cached]
         fixed = (math.prod(size or 1 for axis, size in enumerate(port.shape) if axis not in {0, TOKENS}) for port in caches)
         return sum(size * port.torch_dtype.itemsize for size, port in zip(fixed, caches, strict=True))
 
@@ -118,16 +122,21 @@ class Signature:
         if not self.output_class:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
         fields: dict[str, Any] = {port.name: value for port, value in zip(self.outputs, outputs, strict=True) if "." not in port.name}
-        layers: dict[str, dict[str, Tensor]] = {}
-        for port, value in zip(self.outputs, outputs, strict=True):
-            if port.name.startswith(f"{PRESENT}."):
-                _, layer, part = port.name.split(".")
-                layers.setdefault(layer, {})[part] = value
+        layers = self.cache_of(outputs)
         if layers:
-            fields[CACHE] = _cache(list(layers.values()))
+            fields[CACHE] = _cache(layers)
         wrapper = getattr(transformers.modeling_outputs, self.output_class, None)
         known = isinstance(wrapper, type) and issubclass(wrapper, transformers.utils.ModelOutput)
         return wrapper(**fields) if known else transformers.utils.ModelOutput(fields)  # type: ignore[misc]
+
+    def cache_of(self, outputs: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """The cache among flat outputs: the parts of each layer by name, as the next call takes them."""
+        layers: dict[str, dict[str, Tensor]] = {}
+        for port, value in zip(self.outputs, outputs, strict=True):
+            if port.cached:
+                _, layer, part = port.name.split(".")
+                layers.setdefault(layer, {})[part] = value
+        return list(layers.values())
 
     def to_json(self) -> dict[str, Any]:
         """Plain data that `from_json` reads."""
@@ -150,7 +159,7 @@ def _cache(layers: list[dict[str, Tensor]]) -> Any:
 def _check_cache(signature: Signature, flat: Mapping[str, Tensor]) -> None:
     """Refuse a cache that was given in part, or with more than the model keeps."""
     given = {name for name in flat if name.startswith(f"{CACHE}.")}
-    wanted = {port.name for port in signature.inputs if port.name.startswith(f"{CACHE}.")}
+    wanted = {port.name for port in signature.inputs if port.cached}
     if given and given != wanted:
         wrong = sorted(wanted - given) or sorted(given - wanted)
         raise DataError(
@@ -190,7 +199,7 @@ def _defaults(signature: Signature, flat: Mapping[str, Tensor]) -> dict[str, Ten
     made: dict[str, Tensor] = {}
     past = 0
     for port in signature.inputs:
-        if port.name.startswith(f"{CACHE}."):
+        if port.cached:
             shape = [batch if axis == 0 else 0 if size is None else size for axis, size in enumerate(port.shape)]
             made[port.name] = torch.zeros(shape, dtype=port.torch_dtype, device=lead.device)
             given = flat.get(port.name)
@@ -215,7 +224,7 @@ def _checked(port: Port, value: Tensor) -> Tensor:
         raise DataError(f"input {port.name!r} has shape {list(value.shape)}, expected {expected}")
     if value.dtype != wanted:
         if value.is_floating_point() != wanted.is_floating_point:
-            remedy = "give the past_key_values that the model itself returned" if port.name.startswith(f"{CACHE}.") else ""
+            remedy = "give the past_key_values that the model itself returned" if port.cached else ""
             raise DataError(f"input {port.name!r} has dtype {value.dtype}, expected {wanted}", remedy=remedy)
         value = value.to(wanted)
     return value

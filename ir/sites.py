@@ -101,6 +101,13 @@ def readers(gm: GraphModule) -> dict[Node, list[Layer]]:
     return found
 
 
+def chosen(gm: GraphModule, operand: str = "weight") -> list[Layer]:
+    """The linears that a recipe means: those with `operand` annotated if there are any, else all but output heads; in graph order."""
+    linears = [layer for layer in layers(gm) if layer.kind == "Linear"]
+    outputs = heads(gm)
+    return [layer for layer in linears if layer.site(operand).encoding] or [layer for layer in linears if layer.node not in outputs]
+
+
 def stored_weight(node: Node) -> Node | None:
     """The get_attr node behind a layer's weight, through a dequantize if it is quantized; None if the weight is computed."""
     weight = node.args[QUANTIZABLE[node.target][1]["weight"]]

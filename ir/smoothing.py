@@ -5,22 +5,21 @@ Letters: `X [tokens, in]`, `W [out, in]`, `Y = X Wᵀ`, `s [in]` positive, `Λ =
 Sources: SmoothQuant 2211.10438 (max), AWQ 2306.00978 (mean), SmoothRot 2506.05413 (rotation after), 2606.09927 (quantiles).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ir.encoding import Encoding, Int
 from ir.errors import DataError, OptionError
 from ir.hadamard import largest_block, transform
-from ir.numerics import TINY
 from ir.statistics import TensorStatistics
-from ir.straight_through import round_through
+from ir.straight_through import clip_shape, fake_quantize
 
 LEAST = 1e-5  # no scale is smaller
 Statistic = float | Literal["mean"]  # a quantile of |x|, 1 being its maximum, or its mean
-Criterion = Callable[[Tensor], float]
 
 
 @dataclass(frozen=True, order=True)
@@ -97,49 +96,24 @@ def scales(activation: Tensor, weight: Tensor, alpha: float, *, normalised: bool
     return centred(s) if normalised else s
 
 
-def balanced(x: Tensor | TensorStatistics, weights: Tensor | Sequence[Tensor]) -> Tensor:
-    """`s_j = √(‖x_j‖ / ‖w_j‖)`, of geometric mean 1: both sides of a channel get the same norm; 1 at dead channels. No search, no tuning.
-
-    These scales minimise `‖X Λ⁻¹‖_F ‖W Λ‖_F`, with which the errors of both sides grow once a rotation has spread every row
-    (`ir.block_transform` with blocks of one).
-
-    Args:
-        x: tokens `[..., in]`, or statistics (exact too, no sketch is needed).
-        weights: of all readers, `[out, in]` each.
-    """
-    weights = [weights] if isinstance(weights, Tensor) else weights
-    w = torch.stack([W.detach().double().square().sum(0) for W in weights]).sum(0).sqrt()
-    if isinstance(x, TensorStatistics):
-        a = x.second_moment.to(w.device).sqrt()
-    else:
-        a = x.detach().reshape(-1, x.shape[-1]).double().square().mean(0).sqrt()
-    return scales(a, w, 0.5, normalised=True).float()
-
-
 def centred(s: Tensor) -> Tensor:
     """`s` over its geometric mean."""
     return (s.log() - s.log().mean()).exp()
 
 
-def rounded(x: Tensor, bits: int | None, clip: Tensor | float = 1.0, *, absmax: Tensor | None = None) -> Tensor:
-    """`x [rows, columns]` after symmetric quantization with one scale a row: `ir.numerics` on `i4[1,-1]`, but with a gradient.
-
-    The scale is `clip · max|x| / (2^(b−1) − ½)`. The gradient passes rounding unchanged, stops at values that are clipped, and reaches
-    `clip` and the maximum through the scale (what LSQ, 1902.08153, derives).
+def rounded(x: Tensor, bits: int | None, clip: Tensor | float = 1.0) -> Tensor:
+    """`x [rows, columns]` after symmetric quantization with one scale a row, with a gradient; see `ir.straight_through`.
 
     Args:
         bits: 2 to 8; None rounds nothing.
-        clip: ratio of the greatest magnitude that is kept, a number or `[rows, 1]`.
-        absmax: `[rows, 1]`, instead of that of `x`; detached, it makes the scales constants.
+        clip: ratio of the greatest magnitude that is kept, a number or one a row.
     """
     if bits is None:
         return x
-    if not 2 <= bits <= 8:
-        raise OptionError(f"symmetric integers have 2 to 8 bits here, not {bits}")
-    top = 2.0 ** (bits - 1)
-    absmax = x.abs().amax(-1, keepdim=True) if absmax is None else absmax
-    scale = (absmax * clip / (top - 0.5)).clamp_min(TINY)
-    return round_through(x / scale).clamp(-top, top - 1) * scale
+    encoding = Encoding(Int(bits), (1, -1))
+    if isinstance(clip, Tensor) and clip.numel() > 1:
+        clip = clip.reshape(clip_shape(tuple(x.shape), encoding))
+    return fake_quantize(x, encoding, clip)
 
 
 def transformed(X: Tensor, W: Tensor, s: Tensor | None = None, hadamard: bool = True) -> tuple[Tensor, Tensor]:
@@ -179,17 +153,13 @@ def layer_error(
         clip_w: ratio of each output channel's, a number or `[out]`.
     """
     X_hat, W_hat = transformed(X, W, s, hadamard)
-    return output_error(X @ W.T, rounded(X_hat, bits_x, clip_x) @ rounded(W_hat, bits_w, _column(clip_w)).T)
+    return output_error(X @ W.T, rounded(X_hat, bits_x, clip_x) @ rounded(W_hat, bits_w, clip_w).T)
 
 
 def output_error(Y: Tensor, Y_hat: Tensor) -> tuple[Tensor, Tensor]:
     """`E = ‖Y − Ŷ‖_F` and `Ẽ = E / (‖Y‖_F + ε)`."""
     E = (Y - Y_hat).norm()
     return E, E / (Y.norm() + 1e-12)
-
-
-def _column(clip: Tensor | float) -> Tensor | float:
-    return clip.unsqueeze(-1) if isinstance(clip, Tensor) and clip.ndim == 1 else clip
 
 
 N1 = tuple(Policy(round(0.25 + 0.025 * i, 3), 1.0) for i in range(21))
@@ -200,22 +170,3 @@ def product(alphas: Iterable[float], qs: Iterable[Statistic]) -> tuple[Policy, .
     """N3: every strength with every statistic."""
     qs = list(qs)
     return tuple(Policy(alpha, q) for alpha in alphas for q in qs)
-
-
-def search(activation: Tensor | TensorStatistics, weight: Tensor, policies: Iterable[Policy], criterion: Criterion) -> dict[Policy, float]:
-    """The criterion of every policy, least first: `next(iter(found))` is the best; ties go to the earlier in `policies`.
-
-    N3 is `product` over the five best strengths of `search(..., N1, ...)` and the five best statistics of `search(..., N2, ...)`.
-
-    Args:
-        activation: what the statistics of |X| are taken from.
-        weight: `w [in]`, see `weight_magnitude`.
-        criterion: the error of scales, on tokens that the statistics did not see; for several layers under one policy, sum over their own.
-    """
-    taken: dict[Statistic, Tensor] = {}
-    found = {}
-    for policy in policies:
-        if policy.q not in taken:
-            taken[policy.q] = magnitude(activation, policy.q)
-        found[policy] = criterion(scales(taken[policy.q], weight, policy.alpha))
-    return dict(sorted(found.items(), key=lambda item: item[1]))

@@ -8,17 +8,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ir import edit, evaluate, hadamard, maps
-from ir.block_transform import balanced
+from ir import block_transform, edit, hadamard, maps
 from ir.channels import ChannelGroup, Map, channel_groups
 from ir.errors import DataError, OptionError
 from ir.match import aten
 from ir.online import online_inputs
 from ir.ops import HADAMARD
-from ir.sites import Layer, heads, readers
+from ir.sites import Layer, chosen
 from passes.base import Context, Effect, Pass
-
-Grams = dict[Node, Tensor]
+from passes.observation import tokens_of, watch
 
 
 @dataclass(frozen=True)
@@ -68,87 +66,109 @@ class BalanceChannels(Pass):
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Balance heads, then inputs; returns how many groups and inputs."""
-        sources = {layer.weight: (source, layer) for source, found in readers(gm).items() for layer in found}
-        counted = _counted(gm)
+        counted = {layer.weight: layer.site("input").operand for layer in chosen(gm)}
         groups = [
             group
             for group in channel_groups(gm, Map.LINEAR)
             if not group.reason and group.writers and any(member.node in counted for member in group.readers)
         ]
+        heads = [_Balance.of_group(gm, group, counted) for group in groups]
         inputs = self._online_inputs(gm, ctx) if self.online else {}
-        read = [sources[member.node][0] for group in groups for member in group.readers if member.node in sources]
-        grams = self._grams(gm, ctx, [*read, *inputs])
-        for group in ctx.track(groups, "balance"):
-            maps.apply(gm, group, _head_maps(gm, group, {node: grams[sources[node][0]] for node in counted if sources[node][0] in grams}))
-        for source, found in inputs.items():
-            self._insert(gm, source, found, grams[source])
+        sums = [_Balance.of_input(gm, source, layers, self.block) for source, layers in inputs.items()]
+        self._measure(gm, ctx, [*heads, *sums])
+        for group, balance in zip(ctx.track(groups, "balance"), heads, strict=True):
+            T = balance.transform()
+            maps.apply(gm, group, hadamard.transform(T.mT, hadamard.largest_block(group.block)).mT)
+        for (source, layers), balance in zip(inputs.items(), sums, strict=True):
+            _insert(gm, source, layers, balance.transform())
         return len(groups) + len(inputs)
 
     def _online_inputs(self, gm: GraphModule, ctx: Context) -> dict[Node, list[Layer]]:
-        found = {}
-        for source, layers in online_inputs(gm, channel_groups(gm, Map.ROTATE)).items():
+        found, left = online_inputs(gm, channel_groups(gm, Map.ROTATE))
+        for source, layers in list(found.items()):
             if edit.value(source).shape[-1] % self.block:
-                reason = f"blocks of {self.block} do not divide {edit.value(source).shape[-1]} channels"
-                ctx.notes.append(f"balance_channels: left out {layers[0].path}: {reason}")
-            else:
-                found[source] = layers
+                left[layers[0].path] = f"blocks of {self.block} do not divide {edit.value(source).shape[-1]} channels"
+                del found[source]
+        ctx.notes += [f"balance_channels: left out {path}: {reason}" for path, reason in left.items()]
         return found
 
-    def _grams(self, gm: GraphModule, ctx: Context, sources: Sequence[Node]) -> Grams:
-        """`XᵀX` of every tensor, float64."""
-        grams = {source: torch.zeros((edit.value(source).shape[-1],) * 2, dtype=torch.float64) for source in sources}
-        share = -(-self.tokens // len(ctx.calibration))
+    def _measure(self, gm: GraphModule, ctx: Context, balances: Sequence["_Balance"]) -> None:
+        """Second moments of what all of them read, in one streaming run."""
+        readers: dict[Node, list[_Balance]] = {}
+        for balance in balances:
+            for source in balance.read:
+                readers.setdefault(source, []).append(balance)
 
-        def tap(node: Node, value: Any) -> None:
-            if node in grams:
-                rows = value.flatten(0, -2)
-                rows = rows[torch.linspace(0, len(rows) - 1, min(share, len(rows))).long()].float()
-                grams[node] += rows.T @ rows
+        def take(source: Node, value: Tensor) -> None:
+            rows = tokens_of(value, ctx, self.tokens).float()
+            for balance in readers[source]:
+                balance.add(source, rows)
 
-        for batch in ctx.track(ctx.calibration, "second moments"):
-            evaluate.run(gm, batch, tap)
-        return grams
-
-    def _insert(self, gm: GraphModule, source: Node, found: list[Layer], gram: Tensor) -> None:
-        """A product with blocks before the linears that read `source`, its inverse in their weights."""
-        weights = [edit.attribute(gm, layer.weight).detach().double() for layer in found]
-        T = balanced(gram, torch.stack([W.T @ W for W in weights]).sum(0), self.block)
-        first, value = min(layer.node for layer in found), edit.value(source)
-        matrices = edit.add_attribute(gm, f"{found[0].path}.balance", T.mT.contiguous().to(value.dtype), before=first)
-        sizes: list[Any] = [edit.emit(gm, aten.sym_size.int, (source, axis), before=first) for axis in range(value.ndim - 1)]
-        rows = edit.emit(gm, aten.reshape.default, (source, [-1, len(T), self.block]), before=first)
-        turned = edit.emit(gm, aten.transpose.int, (rows, 0, 1), before=first)
-        mixed = edit.emit(gm, aten.bmm.default, (turned, matrices), before=first)
-        back = edit.emit(gm, aten.transpose.int, (mixed, 0, 1), before=first)
-        result = edit.emit(gm, aten.reshape.default, (back, [*sizes, value.shape[-1]]), before=first)
-        order = hadamard.largest_block(value.shape[-1])
-        spread = edit.emit(gm, HADAMARD, (result, order), before=first)
-        inverse = torch.linalg.inv(T)
-        for layer, W in zip(found, weights, strict=True):
-            split = W.reshape(len(W), len(T), self.block).transpose(0, 1) @ inverse
-            rotated = hadamard.transform(split.transpose(0, 1).reshape(W.shape), order)
-            edit.set_attribute(gm, layer.weight, rotated.to(edit.value(layer.weight).dtype))
-            layer.site("input").read(spread)
+        watch(gm, ctx, readers, take, "second moments")
 
 
-def _counted(gm: GraphModule) -> set[Node]:
-    """The weights of the layers that a recipe quantizes: annotated ones if there are any, else all but output heads."""
-    found = [layer for group in readers(gm).values() for layer in group]
-    annotated = any(layer.site("weight").encoding for layer in found)
-    outputs = heads(gm)
-    return {layer.weight for layer in found if (layer.site("weight").encoding if annotated else layer.node not in outputs)}
+class _Balance:
+    """Second moments of both sides of some blocks, `[m, b, b]` each, and how the tensors that are read lie in them.
+
+    Args:
+        m, b: blocks, and their channels.
+        read: for each tensor, channels that are copies of blocks, int64 `[copies, b]`, and which blocks they are copies of, `[copies]`.
+    """
+
+    def __init__(self, m: int, b: int, read: dict[Node, list[tuple[Tensor, Tensor]]]) -> None:
+        self.activation, self.weight = (torch.zeros(m, b, b, dtype=torch.float64) for _ in range(2))
+        self.read = read
+
+    @classmethod
+    def of_group(cls, gm: GraphModule, group: ChannelGroup, counted: dict[Node, Node]) -> "_Balance":
+        """Of a group's readers that count; heads that share their values count together."""
+        made = cls(group.blocks, group.block, {})
+        for member in group.readers:
+            if member.node in counted:
+                at = maps.positions(member, group.block)
+                made.read.setdefault(counted[member.node], []).append(at)
+                _add(made.weight, edit.attribute(gm, member.node).detach().double(), *at)
+        return made
+
+    @classmethod
+    def of_input(cls, gm: GraphModule, source: Node, layers: Sequence[Layer], block: int) -> "_Balance":
+        """Of neighbouring channels of a tensor."""
+        channels = block_transform.in_order(edit.value(source).shape[-1], block)
+        at = (channels, torch.arange(len(channels)))
+        made = cls(len(channels), block, {source: [at]})
+        for layer in layers:
+            _add(made.weight, edit.attribute(gm, layer.weight).detach().double(), *at)
+        return made
+
+    def add(self, source: Node, rows: Tensor) -> None:
+        """Count some tokens of a tensor, `[tokens, channels]`."""
+        for at in self.read[source]:
+            _add(self.activation, rows, *at)
+
+    def transform(self) -> Tensor:
+        """`T`, float64 `[m, b, b]`."""
+        return block_transform.balanced(self.activation, self.weight)
 
 
-def _head_maps(gm: GraphModule, group: ChannelGroup, grams: Grams) -> Tensor:
-    """`H T` of every block of a group; heads that share their values count together."""
-    shape = (group.blocks, group.block, group.block)
-    both = torch.zeros(2, *shape, dtype=torch.float64)
-    for member in group.readers:
-        if member.node in grams:
-            W = edit.attribute(gm, member.node).detach().double()
-            for moments, total in zip((grams[member.node], W.T @ W), both, strict=True):
-                for at, block in zip(*maps.positions(member, group.block), strict=True):
-                    total[block] += moments[at][:, at]
-    x, w = (torch.block_diag(*side) for side in both)  # type: ignore[no-untyped-call]
-    T = balanced(x, w, group.block)
-    return hadamard.transform(T.mT, hadamard.largest_block(group.block)).mT
+def _add(total: Tensor, rows: Tensor, channels: Tensor, blocks: Tensor) -> None:
+    total.index_add_(0, blocks, block_transform.moments(rows, channels))
+
+
+def _insert(gm: GraphModule, source: Node, layers: Sequence[Layer], T: Tensor) -> None:
+    """A product with blocks and a Hadamard operator before the linears that read `source`, their inverse in the weights."""
+    first, value = min(layer.node for layer in layers), edit.value(source)
+    matrices = edit.add_attribute(gm, f"{layers[0].path}.balance", T.mT.contiguous().to(value.dtype), before=first)
+    sizes: list[Any] = [edit.emit(gm, aten.sym_size.int, (source, axis), before=first) for axis in range(value.ndim - 1)]
+    rows = edit.emit(gm, aten.reshape.default, (source, [-1, *T.shape[:2]]), before=first)
+    turned = edit.emit(gm, aten.transpose.int, (rows, 0, 1), before=first)
+    mixed = edit.emit(gm, aten.bmm.default, (turned, matrices), before=first)
+    back = edit.emit(gm, aten.transpose.int, (mixed, 0, 1), before=first)
+    result = edit.emit(gm, aten.reshape.default, (back, [*sizes, value.shape[-1]]), before=first)
+    order = hadamard.largest_block(value.shape[-1])
+    spread = edit.emit(gm, HADAMARD, (result, order), before=first)
+    inverse = torch.linalg.inv(T).mT
+    for layer in layers:
+        W = edit.attribute(gm, layer.weight).detach()
+        rotated = hadamard.transform(block_transform.apply(inverse, W.double()), order)
+        edit.set_attribute(gm, layer.weight, rotated.to(W.dtype))
+        layer.site("input").read(spread)

@@ -1,7 +1,7 @@
 """The contract of a pass: `Pass`, its `Effect`, and the `Context` that a run hands from pass to pass."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, TypeVar
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ir.errors import OptionError
 from ir.statistics import Statistics
 from passes.calls import call_text
 from passes.progress import Progress
@@ -90,6 +91,20 @@ class Pass:
     """
 
     effect: ClassVar[Effect]
+
+    def take_names(self, option: str, known: Collection[str]) -> None:
+        """Make a tuple of an option that lists names, or is one; for `__post_init__`.
+
+        Raises:
+            OptionError: no name, or one that is not known.
+        """
+        given = getattr(self, option)
+        names = (given,) if isinstance(given, str) else tuple(given)
+        object.__setattr__(self, option, names)
+        wrong = [name for name in names if name not in known]
+        if wrong or not names:
+            problem = f"there is no {wrong[0]!r}" if wrong else "none is named"
+            raise OptionError(problem, where=f"{self.name()}({option}=...)", remedy=f"there are {list(known)}")
 
     def needs(self, ctx: Context) -> None:
         """Raise an `FxpressError` if the compile was not given what the pass needs; called for every pass before the first one runs."""

@@ -38,11 +38,11 @@ class CenterNorm(Pass):
         changed = 0
         for group in channel_groups(gm, Map.CENTER):
             norms = [member.node for member in group.readers if member.node.target is aten.layer_norm.default]
-            if not norms or not group.writers:
+            if not norms:
                 continue
             reason = group.reason or _refusal(group, norms)
             if reason:
-                ctx.notes.append(f"center_norm: kept the layer norms of {group.writers[0].path} and others: {reason}")
+                ctx.notes.append(f"center_norm: kept the layer norm of {_place(norms)}: {reason}")
                 continue
             for member in group.writers:
                 weight = edit.attribute(gm, member.node).double()
@@ -54,7 +54,14 @@ class CenterNorm(Pass):
         return changed
 
 
+def _place(norms: list[Node]) -> str:
+    others = f" and {len(norms) - 1} more" if len(norms) > 1 else ""
+    return (edit.module_path(norms[0]) or norms[0].name) + others
+
+
 def _refusal(group: ChannelGroup, norms: list[Node]) -> str:
+    if not group.writers:
+        return "no stored tensor makes its channels"
     if any(isinstance(operand(norm, "bias"), Node) for norm in norms):
         return "a norm has a bias (run fold_norm first)"
     if any((member.channels < 0).any() for member in group.members) or group.blocks != 1:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ir.encoding import Encoding
 from ir.errors import DataError, OptionError
 from ir.sites import Layer, readers
 from passes.base import Context, Effect, Pass
+from passes.observation import tokens_of, watch
 
 RATIOS = tuple(round(1 - 0.05 * i, 2) for i in range(11))  # 1 to 0.5
 
@@ -56,18 +57,11 @@ class ClipActivations(Pass):
         """Annotate the ratios; returns the number of linears whose inputs are clipped."""
         found = {source: [layer for layer in layers if _dynamic(layer)] for source, layers in readers(gm).items()}
         errors = {source: torch.zeros(len(RATIOS), dtype=torch.float64) for source, layers in found.items() if layers}
-        share = -(-self.tokens // len(ctx.calibration))
 
-        def tap(node: Node, value: Any) -> None:
-            if node in errors:
-                rows = value.flatten(0, -2)
-                rows = rows[torch.linspace(0, len(rows) - 1, min(share, len(rows))).long()]
-                errors[node] += _errors(gm, rows, found[node])
+        def take(source: Node, value: Tensor) -> None:
+            errors[source] += _errors(gm, tokens_of(value, ctx, self.tokens).float(), found[source])
 
-        for batch in ctx.track(ctx.calibration, "clip activations"):
-            for node, value in evaluate.bind(gm, batch).items():
-                tap(node, value)
-            evaluate.run(gm, batch, tap)
+        watch(gm, ctx, errors, take, "clip activations")
         clipped = 0
         for source, error in errors.items():
             ratio = RATIOS[int(error.argmin())]
@@ -100,6 +94,6 @@ def _weight(gm: GraphModule, layer: Layer) -> Tensor:
     """The layer's weight, dequantized if it is rounded already."""
     node = layer.weight
     if node.op == "get_attr":
-        return edit.attribute(gm, node)
+        return edit.attribute(gm, node).float()
     ((value),) = evaluate.evaluate(gm, [node], {}, [node]).values()
-    return value  # type: ignore[no-any-return]
+    return value.float()  # type: ignore[no-any-return]

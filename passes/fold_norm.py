@@ -3,17 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ir import edit
+from ir.match import NORMS, find, operands
 from ir.sites import Layer, layers
 from passes.base import Context, Effect, Pass
-
-aten = torch.ops.aten
-# Operator: positions of gain, bias (None if it has none).
-NORMS = {aten.rms_norm.default: (2, None), aten.layer_norm.default: (2, 3)}
 
 
 @dataclass(frozen=True)
@@ -44,8 +40,8 @@ class FoldNorm(Pass):
             key = id(edit.attribute(gm, layer.weight)) if layer.weight.op == "get_attr" else 0
             uses[key] = uses.get(key, 0) + 1
         changed = 0
-        for node in gm.graph.nodes:
-            if node.target not in NORMS or not isinstance(_argument(node, NORMS[node.target][0]), Node):
+        for node in find(gm, *NORMS):
+            if not isinstance(operands(node)["weight"], Node):
                 continue
             readers = [by_node.get(user) for user in node.users]
             reason = _refusal(gm, node, readers, uses)
@@ -55,10 +51,6 @@ class FoldNorm(Pass):
             _fold(gm, node, [reader for reader in readers if reader is not None])
             changed += 1
         return changed
-
-
-def _argument(node: Node, index: int | None) -> object:
-    return None if index is None or index >= len(node.args) else node.args[index]
 
 
 def _refusal(gm: GraphModule, node: Node, readers: list[Layer | None], uses: dict[int, int]) -> str:
@@ -74,24 +66,21 @@ def _refusal(gm: GraphModule, node: Node, readers: list[Layer | None], uses: dic
 
 
 def _fold(gm: GraphModule, norm: Node, readers: list[Layer]) -> None:
-    gain_at, bias_at = NORMS[norm.target]  # type: ignore[index]
-    gain_node, bias_node = _argument(norm, gain_at), _argument(norm, bias_at)
-    assert isinstance(gain_node, Node)
+    gain_node, bias_node = operands(norm)["weight"], operands(norm).get("bias")
     gain = edit.attribute(gm, gain_node).double()
     for reader in readers:
         weight = edit.attribute(gm, reader.weight)
         if isinstance(bias_node, Node):
             _fold_bias(gm, reader, weight, edit.attribute(gm, bias_node).double())
         edit.set_attribute(gm, reader.weight, (weight.double() * gain).to(weight.dtype))
-    norm.update_arg(gain_at, None)
-    if isinstance(bias_node, Node) and bias_at is not None:
-        norm.update_arg(bias_at, None)
+    for name, given in (("weight", gain_node), ("bias", bias_node)):
+        if isinstance(given, Node):
+            edit.set_operand(norm, name, None)
 
 
 def _fold_bias(gm: GraphModule, reader: Layer, weight: Tensor, shift: Tensor) -> None:
-    moved = weight.double() @ shift
-    bias_node = _argument(reader.node, 2)
-    dtype = weight.dtype
+    moved, dtype = weight.double() @ shift, weight.dtype
+    bias_node = operands(reader.node)["bias"]
     if isinstance(bias_node, Node):
         bias = edit.attribute(gm, bias_node)
         moved, dtype = bias.double() + moved, bias.dtype

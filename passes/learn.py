@@ -13,14 +13,13 @@ from ir.blocks import Block, blocks
 from ir.channels import ChannelGroup, Map, channel_groups
 from ir.errors import DataError, OptionError
 from ir.online import online_inputs
-from ir.signature import PRESENT, Signature
-from ir.sites import layers
+from ir.signature import Signature
+from ir.sites import chosen, layers, readers
 from passes.base import Context, Effect, Pass
 from passes.descent import Loss, descend, shuffled, split
-from passes.student import Student, Values, ratio
+from passes.student import Student, Values, ratio, uses
 
-PARTS = ("scales", "rotations", "clips")
-LOSSES = ("model", "block")
+MAPS = {"rotations": Map.ROTATE, "scales": Map.SCALE}  # in the order that they are applied
 T = TypeVar("T")
 
 
@@ -46,7 +45,8 @@ class Learn(Pass):
     kept.
 
     Limits: 1. weights are not quantized yet; 2. rotations need norms without gains, and are not learned with `loss="block"`; 3. the loss of
-    the whole model keeps its activations in memory. Groups that are frozen are left, as `smooth_channels` and `rotate_channels` note.
+    the whole model keeps its activations in memory; 4. static scales of activations have no clips to learn. Groups that are frozen are
+    left, with a note.
 
     Args:
         parts: what is learned: "scales", "rotations", "clips".
@@ -74,10 +74,9 @@ class Learn(Pass):
     effect: ClassVar[Effect] = Effect.PRESERVE
 
     def __post_init__(self) -> None:
-        parts = (self.parts,) if isinstance(self.parts, str) else tuple(self.parts)
-        object.__setattr__(self, "parts", parts)
-        if not parts or set(parts) - set(PARTS):
-            raise OptionError(f"{list(parts)} cannot be learned", where="learn(parts=...)", remedy=f"there are {list(PARTS)}")
+        self.take_names("parts", (*MAPS, "clips"))
+        if self.loss == "block" and "rotations" in self.parts:
+            raise OptionError("rotations of the residual stream span all blocks", where="learn(parts=...)", remedy="set loss='model'")
         if self.loss not in LOSSES:
             raise OptionError(f"there is no loss {self.loss!r}", where="learn(loss=...)", remedy=f"there are {list(LOSSES)}")
         if self.steps < 1 or self.rows < 1 or not self.rate > 0 or not 0 < self.clip <= 1:
@@ -97,29 +96,38 @@ class Learn(Pass):
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Learn, then apply the maps and annotate the clips; returns the number of groups and inputs changed."""
-        rotations = channel_groups(gm, Map.ROTATE)
-        inputs = online_inputs(gm, rotations) if self.rotated else {}
+        inputs, left = online_inputs(gm, channel_groups(gm, Map.ROTATE)) if self.rotated else ({}, {})
+        ctx.notes += [f"learn: left out the rotation of what {path} reads: {reason}" for path, reason in left.items()]
         online = {source: hadamard.largest_block(edit.value(source).shape[-1]) for source in inputs}
-        groups = [group for group in rotations if "rotations" in self.parts and self.loss == "model" and _learnable(group)]
-        groups += [group for group in channel_groups(gm, Map.SCALE) if "scales" in self.parts and _learnable(group)]
-        student = Student(gm, groups, online, self.clip, clips="clips" in self.parts)
+        groups = [group for part, kind in MAPS.items() if part in self.parts for group in _groups(gm, ctx, kind)]
+        student = Student(gm, groups, online, self.clip if "clips" in self.parts else None)
         with torch.enable_grad():
-            (_learn_model if self.loss == "model" else _learn_blocks)(self, gm, ctx, student)
+            LOSSES[self.loss](self, gm, ctx, student)
         with torch.no_grad():
             student.maps.double()
             matrices = [student.matrix(index) for index in range(len(groups))]
         for group, M in zip(groups, matrices, strict=True):
             maps.apply(gm, group, M)
+        read = readers(gm)
         for source, parameter in student.input_clips.items():
-            for user in [layer for layer in layers(gm) if layer.kind == "Linear" and layer.site("input").operand is source]:
-                encoding = user.site("input").encoding
+            for layer in read[source]:
+                encoding = layer.site("input").encoding
                 if encoding is not None and encoding.dynamic:
-                    user.site("input").annotate(replace(encoding, clip=max(0.01, float(ratio(parameter.detach())))))
+                    layer.site("input").annotate(replace(encoding, clip=max(0.01, float(ratio(parameter.detach())))))
         return len(groups) + len(student.input_clips)
 
 
-def _learnable(group: ChannelGroup) -> bool:
-    return not group.reason and bool(group.readers) and bool(group.writers)
+def _groups(gm: GraphModule, ctx: Context, kind: Map) -> list[ChannelGroup]:
+    """The groups that linears of the recipe read and stored tensors make; those that are frozen are noted."""
+    counted = {layer.weight: layer.path for layer in chosen(gm)}
+    found = []
+    for group in channel_groups(gm, kind):
+        paths = [counted[member.node] for member in group.readers if member.node in counted]
+        if paths and group.reason:
+            ctx.notes.append(f"learn: left out the channels that {paths[0]} reads ({kind.value}): {group.reason}")
+        elif paths and group.writers:
+            found.append(group)
+    return found
 
 
 def _learn_model(recipe: Learn, gm: GraphModule, ctx: Context, student: Student) -> None:
@@ -147,7 +155,7 @@ def _learn_blocks(recipe: Learn, gm: GraphModule, ctx: Context, student: Student
         keep = block.exit or tuple(node for node in _own_outputs(gm) if node in block.nodes)
         nodes = [*outside, *block.nodes]
         targets = [evaluate.evaluate(gm, _needed(nodes, keep, given), given, keep) for given in exact]
-        imitation = _Imitation(student, nodes, keep, rounded, targets)
+        imitation = _Imitation(student, nodes, keep, rounded, targets, student.within(set(block.nodes)))
         train, held = split(range(len(bound)))
         samples = (index for index, _ in shuffled(train, recipe.seed))
         doing = f"learn block {number + 1} of {len(cut)}"
@@ -172,18 +180,19 @@ def _descend(
 
 @dataclass(frozen=True)
 class _Imitation:
-    """One block: what enters it for each batch, and what it should give."""
+    """One block: what enters it for each batch, what it should give, and the groups that act on it."""
 
     student: Student
     nodes: Sequence[Node]
     keep: Sequence[Node]
     given: Sequence[Values]
     targets: Sequence[Values]
+    groups: Sequence[int]
 
     def run(self, index: int) -> Values:
         """What the student gives for one batch."""
         given = self.given[index]
-        return self.student.run(_needed(self.nodes, self.keep, given), given, self.keep, self.student.tensors())
+        return self.student.run(_needed(self.nodes, self.keep, given), given, self.keep, self.student.tensors(self.groups))
 
     def loss(self, index: int) -> Tensor:
         """Its relative squared error."""
@@ -202,7 +211,7 @@ def _parameters_of(student: Student, block: Block) -> list[nn.Parameter]:
     found = [
         parameter
         for group, parameter in zip(student.groups, student.maps, strict=True)
-        if all(user in own for member in group.members for user in (member.node.users if member.node.op == "get_attr" else [member.node]))
+        if all(user in own for member in group.members for user in uses(member))
     ]
     found += [parameter for source, parameter in student.input_clips.items() if any(user in own for user in source.users)]
     return found + [parameter for node, parameter in student.weight_clips.items() if node in own]
@@ -219,9 +228,10 @@ def _own_outputs(gm: GraphModule) -> dict[Node, str]:
     """The floating-point outputs that are the model's own, and their names."""
     signature: Signature | None = gm.meta.get("signature")
     nodes: tuple[Node, ...] = gm.graph.output_node().args[0]  # type: ignore[assignment]
-    names = [port.name for port in signature.outputs] if signature else [""] * len(nodes)
-    found = zip(nodes, names, strict=True)
-    return {node: name for node, name in found if not name.startswith(f"{PRESENT}.") and edit.value(node).is_floating_point()}
+    if signature is None:
+        return {node: "" for node in nodes if edit.value(node).is_floating_point()}
+    found = zip(nodes, signature.outputs, strict=True)
+    return {node: port.name for node, port in found if not port.cached and edit.value(node).is_floating_point()}
 
 
 def _distance(found: Tensor, exact: Tensor, *, logits: bool = False) -> Tensor:
@@ -230,3 +240,6 @@ def _distance(found: Tensor, exact: Tensor, *, logits: bool = False) -> Tensor:
         p, q = exact.float().log_softmax(-1), found.float().log_softmax(-1)
         return (p.exp() * (p - q)).sum(-1).mean()
     return (found - exact).square().sum() / exact.square().sum().clamp_min(1e-12)
+
+
+LOSSES = {"model": _learn_model, "block": _learn_blocks}

@@ -1,7 +1,10 @@
-"""The streaming run that statistics come from."""
+"""Streaming runs over the calibration data: what passes learn of a graph's values."""
 
+from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ir import evaluate
@@ -10,17 +13,38 @@ from ir.statistics import Statistics
 from passes.base import Context
 
 
+def watch(gm: GraphModule, ctx: Context, sources: Collection[Node], take: Callable[[Node, Tensor], None], doing: str) -> None:
+    """Give `take` the values of `sources` on every batch, as soon as each is known; no more of the graph is run than they need.
+
+    Args:
+        sources: calls and inputs of the graph.
+        doing: what the progress bar says.
+    """
+    wanted = set(sources)
+    needed = evaluate.ancestors(wanted)
+    calls = [node for node in gm.graph.nodes if node in needed and node.op == "call_function"]
+
+    def tap(node: Node, value: Any) -> None:
+        if node in wanted:
+            take(node, value)
+
+    for batch in ctx.track(ctx.calibration if wanted else (), doing):
+        given = evaluate.bind(gm, batch)
+        for node, value in given.items():
+            tap(node, value)
+        evaluate.evaluate(gm, calls, given, [], tap)
+
+
+def tokens_of(value: Tensor, ctx: Context, count: int) -> Tensor:
+    """Of `count` tokens that are wanted over all batches this batch's share, evenly spaced: `[tokens, channels]`."""
+    rows = value.flatten(0, -2)
+    share = min(-(-count // len(ctx.calibration)), len(rows))
+    return rows[torch.linspace(0, len(rows) - 1, share).long()]
+
+
 def observed(gm: GraphModule, ctx: Context, *, gram: bool = False) -> Statistics:
     """Statistics of the inputs of all linears over the calibration data, by the path of the first layer that reads each tensor."""
     sources = {source: found[0].path for source, found in readers(gm).items()}
     statistics = Statistics()
-
-    def tap(node: Node, value: Any) -> None:
-        if node in sources:
-            statistics.observe(sources[node], value, gram=gram)
-
-    for batch in ctx.track(ctx.calibration, "observe"):
-        for node, value in evaluate.bind(gm, batch).items():
-            tap(node, value)
-        evaluate.run(gm, batch, tap)
+    watch(gm, ctx, sources, lambda node, value: statistics.observe(sources[node], value, gram=gram), "observe")
     return statistics

@@ -76,6 +76,7 @@ class Prefix:
                 if _unrounded(node) is not node:
                     edit.replace(node, _unrounded(node))
             self.was = _Stream(copy, [self.twin[node] for node in outside], [{} for _ in ctx.calibration])
+            self.done = set(self.was.outside)
 
     def inputs(self, doing: str) -> Iterator[Inputs]:
         """The inputs of all pending layers, tensor by tensor."""
@@ -108,6 +109,15 @@ class Prefix:
             if stream is not None:
                 batches = enumerate(self.ctx.calibration)
                 stream.entering = [stream.values(own, index, batch, own.exit) for index, batch in batches]
+        if self.was is not None:
+            self._release(self.was.gm, self._twin(block))
+
+    def _release(self, copy: GraphModule, block: Block) -> None:
+        """Drop the tensors of the model as it was that no later block reads."""
+        self.done.update(block.nodes)
+        for node in {read for call in block.nodes for read in call.all_input_nodes if read.op == "get_attr"}:
+            if self.done.issuperset(node.users):
+                edit.set_attribute(copy, node, edit.attribute(copy, node).new_empty(0))
 
     def _twin(self, block: Block) -> Block:
         """A block of the model as it was."""

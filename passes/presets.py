@@ -111,16 +111,6 @@ def _cached(bits: int) -> tuple[Pass, ...]:
     return () if bits == FLOAT else (QuantizeCache(bits),)
 
 
-w8a16 = partial(weight_only, 8, group=32, symmetric=True, rounding="nearest")
-w4a16 = partial(weight_only, 4)
-w3a16 = partial(weight_only, 3)
-w2a16 = partial(weight_only, 2)
-w8a8 = partial(both, "W8A8")
-w4a8 = partial(both, "W4A8", rounding="gptq")
-w4a4 = partial(both, "W4A4", transform="balance", rounding="gptq")
-w3a3 = partial(both, "W3A3", transform="balance", rounding="gptq")
-
-
 @dataclass(frozen=True)
 class Preset:
     """A named pipeline: how it is made from options, and what it is for."""
@@ -129,19 +119,30 @@ class Preset:
     summary: str
 
 
-PRESETS = {
-    "w8a8": Preset(w8a8, "8-bit weights per channel, 8-bit activations per token, or static with dynamic=False"),
-    "w8a16": Preset(w8a16, "8-bit weights in groups of 32, to nearest: near lossless, needs no calibration data"),
-    "w4a16": Preset(w4a16, "4-bit weights in groups of 64 with zero points, by GPTQ"),
-    "w3a16": Preset(w3a16, "3-bit weights in groups of 64 with zero points, by GPTQ"),
-    "w2a16": Preset(w2a16, "2-bit weights in groups of 64 with zero points, by GPTQ"),
-    "w4a8": Preset(w4a8, "4-bit weights per channel by GPTQ, 8-bit activations per token"),
-    "w4a4": Preset(w4a4, "4-bit weights per channel by GPTQ, 4-bit activations per token, after rotations and block transforms"),
-    "w3a3": Preset(w3a3, "3-bit weights and activations, likewise"),
+ROUNDING = {
+    "w8a8": Preset(partial(both, "W8A8"), "8-bit weights per channel, 8-bit activations per token, or static with dynamic=False"),
+    "w8a16": Preset(
+        partial(weight_only, 8, group=32, symmetric=True, rounding="nearest"),
+        "8-bit weights in groups of 32, to nearest: near lossless, needs no calibration data",
+    ),
+    "w4a16": Preset(partial(weight_only, 4), "4-bit weights in groups of 64 with zero points, by GPTQ"),
+    "w3a16": Preset(partial(weight_only, 3), "3-bit weights in groups of 64 with zero points, by GPTQ"),
+    "w2a16": Preset(partial(weight_only, 2), "2-bit weights in groups of 64 with zero points, by GPTQ"),
+    "w4a8": Preset(partial(both, "W4A8", rounding="gptq"), "4-bit weights per channel by GPTQ, 8-bit activations per token"),
+    "w4a4": Preset(
+        partial(both, "W4A4", transform="balance", rounding="gptq"),
+        "4-bit weights per channel by GPTQ, 4-bit activations per token, after rotations and block transforms",
+    ),
+    "w3a3": Preset(partial(both, "W3A3", transform="balance", rounding="gptq"), "3-bit weights and activations, likewise"),
+}
+TRANSFORMING = {
     "rotate": Preset(rotate, "rotations only, folded into weights where possible"),
     "smooth": Preset(smooth, "smoothing only, folded into norms and weights"),
     "smoothrot": Preset(smoothrot, "smoothing of the down projections' inputs, then rotations"),
 }
+PRESETS = ROUNDING | TRANSFORMING
+
+w8a8, w8a16, w4a16, w3a16, w2a16, w4a8, w4a4, w3a3 = (preset.make for preset in ROUNDING.values())
 
 # Ready made, to be spread into a pipeline of one's own: `[MyPass(), *presets.W4A16]`.
-W8A8, W8A16, W4A16, W3A16, W2A16, W4A8, W4A4, W3A3 = (PRESETS[name].make() for name in list(PRESETS)[:8])
+W8A8, W8A16, W4A16, W3A16, W2A16, W4A8, W4A4, W3A3 = (preset.make() for preset in ROUNDING.values())

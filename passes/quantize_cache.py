@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ir import evaluate, numerics
+from ir import numerics
 from ir.cache import CacheSite, cache_sites
 from ir.cache_code import CacheCode, recode
 from ir.encoding import Encoding, Int
@@ -15,6 +16,7 @@ from ir.packing import container, per_byte
 from ir.signature import CACHE, Signature
 from ir.statistics import Statistics
 from passes.base import Context, Effect, Pass
+from passes.observation import watch
 
 FLOAT = 16  # bits that stand for "left in floating point"
 
@@ -178,12 +180,8 @@ def _observed(gm: GraphModule, ctx: Context, sites: Sequence[CacheSite]) -> Stat
     names = {site.new: site.name for site in sites}
     statistics = Statistics()
 
-    def tap(node: Node, value: Any) -> None:
-        if node in names:
-            statistics.observe(names[node], value.transpose(1, 2).flatten(2), sketch=False)
+    def take(node: Node, value: Tensor) -> None:
+        statistics.observe(names[node], value.transpose(1, 2).flatten(2), sketch=False)
 
-    for batch in ctx.track(ctx.calibration, "quantize_cache"):
-        for node, value in evaluate.bind(gm, batch).items():
-            tap(node, value)
-        evaluate.run(gm, batch, tap)
+    watch(gm, ctx, names, take, "quantize_cache")
     return statistics

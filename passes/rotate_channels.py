@@ -16,6 +16,7 @@ from ir.errors import OptionError
 from ir.match import aten, operand
 from ir.online import online_inputs
 from ir.ops import HADAMARD
+from ir.signature import Signature
 from ir.sites import Layer
 from passes.base import Context, Effect, Pass
 
@@ -64,12 +65,7 @@ class RotateChannels(Pass):
     effect: ClassVar[Effect] = Effect.PRESERVE
 
     def __post_init__(self) -> None:
-        where = (self.where,) if isinstance(self.where, str) else tuple(self.where)
-        object.__setattr__(self, "where", where)
-        if not where or set(where) - set(ROTATIONS):
-            raise OptionError(
-                f"there is no rotation {list(where)}", where="rotate_channels(where=...)", remedy=f"there are {list(ROTATIONS)}"
-            )
+        self.take_names("where", ROTATIONS)
         if self.kind not in KINDS:
             raise OptionError(
                 f"there is no rotation of kind {self.kind!r}", where="rotate_channels(kind=...)", remedy=f"there are {list(KINDS)}"
@@ -82,7 +78,7 @@ class RotateChannels(Pass):
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Rotate group by group, then insert the operators; returns the number of groups and of operators."""
         groups = channel_groups(gm, Map.ROTATE)
-        online = online_inputs(gm, groups)
+        online, left = online_inputs(gm, groups)
         elsewhere = {layer.weight for found in online.values() for layer in found}  # R4's, not R1's
         changed = 0
         for index, group in enumerate(ctx.track(groups, "rotate")):
@@ -95,6 +91,7 @@ class RotateChannels(Pass):
         if "R3" in self.where:
             changed += sum(self._compare(gm, site, met) for site, met in _comparisons(gm, groups, ctx))
         if "R4" in self.where:
+            ctx.notes += [f"rotate_channels: R4 left out {path}: {reason}" for path, reason in left.items()]
             for source, found in ctx.track(online.items(), "rotate online"):
                 self._online(gm, source, found)
             changed += len(online)
@@ -145,8 +142,12 @@ def _names(group: ChannelGroup) -> str:
 
 def _comparisons(gm: GraphModule, groups: list[ChannelGroup], ctx: Context) -> Iterator[tuple[CacheSite, list[Query]]]:
     """Every cached key that is not rotated offline, with the queries that meet it."""
+    signature: Signature | None = gm.meta.get("signature")
+    if signature is None or not signature.layers:
+        ctx.notes.append("rotate_channels: R3 left out all keys: the model keeps no cache of them")
+        return
     offline = {member.node for group in groups if role(group) == "R3" and not group.reason for member in group.writers}
-    for name, site in cache_sites(gm) if "signature" in gm.meta else ():
+    for name, site in cache_sites(gm):
         if not name.endswith(".key"):
             continue
         found, reason = ([], site) if isinstance(site, str) else queries(site)

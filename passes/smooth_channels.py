@@ -1,19 +1,20 @@
 """`smooth_channels`: move the range of activations into weights, channel by channel."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ir import edit, evaluate, maps, smoothing
+from ir import edit, maps, smoothing
 from ir.channels import ChannelGroup, Map, Member, channel_groups
 from ir.errors import DataError, OptionError
-from ir.sites import Layer, heads, readers
+from ir.sites import Layer, chosen, readers
 from ir.statistics import TensorStatistics
 from passes.base import Context, Effect, Pass
-from passes.observation import observed
+from passes.observation import observed, tokens_of, watch
 
 PLACES = ("norm", "mlp", "values")
 AWQ = tuple(smoothing.Policy(round(0.05 * i, 2), "mean") for i in range(21))
@@ -63,12 +64,7 @@ class SmoothChannels(Pass):
     effect: ClassVar[Effect] = Effect.PRESERVE
 
     def __post_init__(self) -> None:
-        where = (self.where,) if isinstance(self.where, str) else tuple(self.where)
-        object.__setattr__(self, "where", where)
-        if not where or set(where) - set(PLACES):
-            raise OptionError(
-                f"scales cannot be folded into {list(where)}", where="smooth_channels(where=...)", remedy=f"there are {list(PLACES)}"
-            )
+        self.take_names("where", PLACES)
         if not 0 <= self.alpha <= 1 or not 0 < self.quantile <= 1:
             raise OptionError("alpha lies from 0 to 1, quantile above 0 and up to 1", where=str(self))
 
@@ -79,114 +75,101 @@ class SmoothChannels(Pass):
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Scale group by group."""
-        ctx.statistics = ctx.statistics or observed(gm, ctx)
-        inputs = _inputs(gm)
-        values = _mixed_by_attention(gm)
-        plans = []
-        for group in channel_groups(gm, Map.SCALE):
-            read = [inputs[member.node] for member in group.readers if member.node in inputs]
-            if not read or (group.writers and _place(group, values) not in self.where):
-                continue
-            if group.reason:
-                ctx.notes.append(f"smooth_channels: left out {read[0].layer.path}: {group.reason}")
-                continue
-            plans.append(_Plan(gm, ctx, group, read))
-        samples = _samples(gm, ctx, [plan.source for plan in plans]) if self.search else {}
+        statistics = ctx.statistics = ctx.statistics or observed(gm, ctx)
+        paths = {source: found[0].path for source, found in readers(gm).items()}
+        plans = self._plans(gm, ctx)
+        samples = _samples(gm, ctx, [source for plan in plans for source in plan.sources]) if self.search else {}
         for plan in ctx.track(plans, "smooth"):
-            s = (
-                self._searched(plan, samples[plan.source])
-                if self.search
-                else plan.scales(self.alpha, "mean" if self.mean else self.quantile)
-            )
+            if self.search:
+                s = self._searched(plan, {source: samples[source] for source in plan.sources})
+            else:
+                seen = {source: statistics[paths[source]] for source in plan.sources}
+                s = plan.scales(self.alpha, "mean" if self.mean else self.quantile, seen)
             maps.apply(gm, plan.group, 1 / s.double())
         return len(plans)
 
-    def _searched(self, plan: "_Plan", X: Tensor) -> Tensor:
-        """The scales of the policy with the least error of the readers' outputs on the tokens `X`."""
-        half = len(X) // 2
-        W, bits_w, bits_x = plan.readers_weight(), plan.bits("weight"), plan.bits("input")
+    def _plans(self, gm: GraphModule, ctx: Context) -> list["_Plan"]:
+        """The groups to scale; others that count are noted."""
+        counted = {layer.weight: layer for layer in chosen(gm)}
+        values = _mixed_by_attention(gm)
+        plans = []
+        for group in channel_groups(gm, Map.SCALE):
+            read = [(member, counted[member.node]) for member in group.readers if member.node in counted]
+            if not read or (group.writers and _place(group, values) not in self.where):
+                continue
+            if group.reason:
+                ctx.notes.append(f"smooth_channels: left out {read[0][1].path}: {group.reason}")
+            else:
+                plans.append(_Plan(gm, group, read))
+        return plans
+
+    def _searched(self, plan: "_Plan", tokens: Mapping[Node, Tensor]) -> Tensor:
+        """The scales of the policy with the least error of the readers' outputs."""
+        halves = {source: X.tensor_split(2) for source, X in tokens.items()}
+        seen, held = ({source: half[side] for source, half in halves.items()} for side in (0, 1))
+        bits_w, bits_x = plan.bits("weight"), plan.bits("input")
+        weights = {source: plan.weight(source) for source in plan.sources}
 
         def error(policy: smoothing.Policy) -> float:
-            s = plan.spread(plan.scales(policy.alpha, policy.q, X[:half]))
-            return float(smoothing.layer_error(X[half:], W, s, bits_x, bits_w, self.rotated)[0])
+            s = plan.scales(policy.alpha, policy.q, seen)
+            errors = [
+                smoothing.layer_error(held[source], W, plan.spread(s, source), bits_x, bits_w, self.rotated)[0].square()
+                for source, W in weights.items()
+            ]
+            return float(sum(errors))
 
         if self.mean:
-            return plan.scales(min(AWQ, key=error).alpha, "mean", X)
+            return plan.scales(min(AWQ, key=error).alpha, "mean", tokens)
         alphas = sorted(smoothing.N1, key=error)[:5]
         quantiles = sorted(smoothing.N2, key=error)[:5]
         best = min(smoothing.product([p.alpha for p in alphas], [p.q for p in quantiles]), key=error)
-        return plan.scales(best.alpha, best.q, X)
+        return plan.scales(best.alpha, best.q, tokens)
 
 
 @dataclass(frozen=True)
-class _Read:
-    """A linear with what it reads and the key of its statistics."""
-
-    layer: Layer
-    source: Node
-    key: str
-
-
-@dataclass
 class _Plan:
-    """A group to be scaled."""
+    """A group to be scaled, with the columns that count and the linears that they belong to."""
 
     gm: GraphModule
-    ctx: Context
     group: ChannelGroup
-    read: list[_Read]
+    read: list[tuple[Member, Layer]]
 
     @property
-    def source(self) -> Node:
-        """The tensor that its first reader reads."""
-        return self.read[0].source
+    def sources(self) -> list[Node]:
+        """The tensors that are read."""
+        return list(dict.fromkeys(layer.site("input").operand for _, layer in self.read))
 
-    @property
-    def members(self) -> list[Member]:
-        """The columns of the readers that count."""
-        weights = {read.layer.weight for read in self.read}
-        return [member for member in self.group.readers if member.node in weights]
+    def _readers(self, source: Node) -> list[tuple[Member, Layer]]:
+        return [(member, layer) for member, layer in self.read if layer.site("input").operand is source]
 
     def bits(self, operand: str) -> int | None:
         """Of an operand of the readers: as annotated, None if only others are, 4 if nothing is."""
-        encoding = self.read[0].layer.site(operand).encoding
-        annotated = any(self.read[0].layer.site(name).encoding for name in ("weight", "input"))
+        layer = self.read[0][1]
+        encoding = layer.site(operand).encoding
+        annotated = any(layer.site(name).encoding for name in ("weight", "input"))
         return encoding.bits if encoding else None if annotated else 4
 
-    def readers_weight(self) -> Tensor:
-        """The weights of all that read the first reader's tensor, row on row."""
-        rows = [edit.attribute(self.gm, read.layer.weight).detach().float() for read in self.read if read.source is self.source]
-        return torch.cat(rows)
+    def weight(self, source: Node) -> Tensor:
+        """The weights of all that read one tensor, row on row."""
+        return torch.cat([edit.attribute(self.gm, layer.weight).detach().float() for _, layer in self._readers(source)])
 
-    def spread(self, s: Tensor) -> Tensor:
-        """Scales of the group's channels at the positions of the first reader's input."""
-        channels = self.members[0].channels
+    def spread(self, s: Tensor, source: Node) -> Tensor:
+        """Scales of the group's channels at the positions of one tensor."""
+        channels = self._readers(source)[0][0].channels
         return torch.where(channels >= 0, s[channels.clamp_min(0)], 1.0)
 
-    def scales(self, alpha: float, statistic: Any, X: Tensor | None = None) -> Tensor:
-        """`s` of the group's channels, from the statistics or from tokens; at several positions, their greatest magnitudes count."""
+    def scales(self, alpha: float, statistic: smoothing.Statistic, seen: Mapping[Node, Tensor | TensorStatistics]) -> Tensor:
+        """`s` of the group's channels, from statistics or tokens of every source; at several positions, the greatest magnitudes count."""
         activation, weight = (torch.zeros(self.group.size) for _ in range(2))
-        for member, read in zip(self.members, self.read, strict=True):
-            seen: Tensor | TensorStatistics = self.ctx.statistics[read.key] if X is None else X  # type: ignore[index]
-            columns = smoothing.weight_magnitude(edit.attribute(self.gm, read.layer.weight).float())
-            columns = torch.ones_like(columns) if statistic == "mean" else columns
-            for whole, part in ((activation, smoothing.magnitude(seen, statistic).float()), (weight, columns)):
+        for source in self.sources:
+            magnitude = smoothing.magnitude(seen[source], statistic).float()
+            for member, layer in self._readers(source):
+                columns = smoothing.weight_magnitude(edit.attribute(self.gm, layer.weight).float())
+                columns = torch.ones_like(columns) if statistic == "mean" else columns
                 own = member.channels >= 0
-                whole.scatter_reduce_(0, member.channels[own], part[own], "amax")
+                for whole, part in ((activation, magnitude), (weight, columns)):
+                    whole.scatter_reduce_(0, member.channels[own], part[own], "amax")
         return smoothing.scales(activation, weight, alpha, normalised=True)
-
-
-def _inputs(gm: GraphModule) -> dict[Node, _Read]:
-    """The linears that count, by the get_attr node of their weight: annotated ones if there are any, else all but output heads."""
-    found = readers(gm)
-    annotated = any(layer.site("weight").encoding for group in found.values() for layer in group)
-    outputs = heads(gm)
-    return {
-        layer.weight: _Read(layer, source, group[0].path)
-        for source, group in found.items()
-        for layer in group
-        if (layer.site("weight").encoding is not None if annotated else layer.node not in outputs)
-    }
 
 
 def _mixed_by_attention(gm: GraphModule) -> set[Node]:
@@ -201,19 +184,10 @@ def _place(group: ChannelGroup, values: set[Node]) -> str:
     return "mlp" if any(member.node.op == "get_attr" and edit.value(member.node).ndim > 1 for member in group.writers) else "norm"
 
 
-def _samples(gm: GraphModule, ctx: Context, sources: list[Node]) -> dict[Node, Tensor]:
-    """Some calibration tokens of each tensor, `[tokens, channels]`, evenly from all batches."""
-    wanted = dict.fromkeys(sources)  # in order: one generator draws for all
-    share = -(-SAMPLE // max(len(ctx.calibration), 1))
-    kept: dict[Node, list[Tensor]] = {source: [] for source in wanted}
-
-    def tap(node: Node, value: Any) -> None:
-        if node in wanted:
-            rows = value.flatten(0, -2)
-            kept[node].append(rows[torch.linspace(0, len(rows) - 1, min(share, len(rows))).long()].float())
-
-    for batch in ctx.track(ctx.calibration, "sample"):
-        evaluate.run(gm, batch, tap)
+def _samples(gm: GraphModule, ctx: Context, sources: Collection[Node]) -> dict[Node, Tensor]:
+    """Some calibration tokens of each tensor, `[tokens, channels]`, evenly from all batches, in an order of no meaning."""
+    kept: dict[Node, list[Tensor]] = {source: [] for source in sources}
+    watch(gm, ctx, kept, lambda source, value: kept[source].append(tokens_of(value, ctx, SAMPLE).float()), "sample")
     generator = torch.Generator().manual_seed(0)
     joined = {source: torch.cat(rows) for source, rows in kept.items()}
     return {source: rows[torch.randperm(len(rows), generator=generator)] for source, rows in joined.items()}

@@ -1,6 +1,6 @@
 """`Student`: a graph as it will be after maps, rotations and rounding that are still being learned, evaluated with gradients."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from ir import edit, hadamard, maps
-from ir.channels import ChannelGroup
+from ir.channels import ChannelGroup, Map, Member
 from ir.encoding import Encoding
 from ir.match import operand
 from ir.numerics import choose_qparams, compute_dtype
@@ -25,17 +25,16 @@ class Student(nn.Module):
 
     A scale group has `log s`, whose mean is kept at zero: a common factor changes nothing (2606.09927). A rotation group has a skew matrix
     `A`, and `R = (I − A/2)⁻¹(I + A/2)` (Cayley; SpinQuant, 2405.16406, moves on the same manifold step by step). A tensor that is rounded
-    has the clip of its scales, `exp(−softplus(p))`; so has every block of a weight, from the ratio that a search finds best.
+    with dynamic scales has the clip of these, `exp(−softplus(p))`; so has every block of a weight, from the ratio that a search finds best.
 
     Args:
         gm: the graph, whose layers are annotated; it is not changed.
         groups: channel groups that are free, of kinds SCALE and ROTATE; maps are applied to a tensor in this order.
         online: inputs that a Hadamard operator will rotate before they are rounded, with its order.
-        clip: the ratio that dynamic activations start from.
-        clips: whether clips are learned.
+        clip: the ratio that dynamic activations start from; None learns no clips: activations keep those of their encodings.
     """
 
-    def __init__(self, gm: GraphModule, groups: Sequence[ChannelGroup], online: Mapping[Node, int], clip: float, clips: bool) -> None:
+    def __init__(self, gm: GraphModule, groups: Sequence[ChannelGroup], online: Mapping[Node, int], clip: float | None) -> None:
         super().__init__()
         self.gm, self.groups, self.online = gm, list(groups), dict(online)
         self.layers: dict[Node, Layer] = {
@@ -48,10 +47,10 @@ class Student(nn.Module):
         self.input_clips: dict[Node, nn.Parameter] = {}
         self.weight_clips: dict[Node, nn.Parameter] = {}
         for node, layer in self.layers.items():
-            if layer.site("input").encoding is not None:
-                initial = torch.tensor(_inverse(min(clip, 0.995)))
-                self.input_clips.setdefault(layer.site("input").operand, nn.Parameter(initial, requires_grad=clips))
-            self.weight_clips[node] = nn.Parameter(self._best_clip(layer), requires_grad=clips)
+            encoding = layer.site("input").encoding
+            if clip is not None and encoding is not None and encoding.dynamic:
+                self.input_clips[layer.site("input").operand] = nn.Parameter(_inverse_of(torch.tensor(min(clip, 0.995))))
+            self.weight_clips[node] = nn.Parameter(self._best_clip(layer), requires_grad=clip is not None)
         self.clips = nn.ParameterList([*self.input_clips.values(), *self.weight_clips.values()])
 
     def _best_clip(self, layer: Layer) -> Tensor:
@@ -73,12 +72,16 @@ class Student(nn.Module):
         rotation: Tensor = torch.linalg.solve(eye - skew / 2, eye + skew / 2)
         return rotation.expand(group.blocks, -1, -1)
 
-    def tensors(self) -> dict[Node, Tensor]:
-        """Every stored tensor that the maps change, by its get_attr node; or by its norm, where that has no gain yet."""
+    def within(self, nodes: Collection[Node]) -> list[int]:
+        """The groups that change what some of `nodes` read."""
+        return [index for index, group in enumerate(self.groups) if any(user in nodes for member in group.members for user in uses(member))]
+
+    def tensors(self, indices: Iterable[int] | None = None) -> dict[Node, Tensor]:
+        """The stored tensors that the maps of all groups, or of some, change, by get_attr node; by norm, where that has no gain yet."""
         changed: dict[Node, Tensor] = {}
-        for index, group in enumerate(self.groups):
+        for index in range(len(self.groups)) if indices is None else indices:
             M = self.matrix(index)
-            for member in group.members:
+            for member in self.groups[index].members:
                 old = changed[member.node] if member.node in changed else self._stored(member.node)
                 changed[member.node] = maps.mapped(old, member, M.to(old.dtype))
         return changed
@@ -116,14 +119,21 @@ class Student(nn.Module):
         x, weight = read(source), self._turned(layer, read(layer.weight))
         if source in self.online:
             x = hadamard.transform(x, self.online[source])
-        if source in self.input_clips and layer.site("input").encoding is not None:
-            x = fake_quantize(_wide(x), _of(layer, "input"), ratio(self.input_clips[source])).to(x.dtype)
+        encoding = layer.site("input").encoding
+        if encoding is not None:
+            clip = ratio(self.input_clips[source]) if source in self.input_clips else encoding.clip
+            x = fake_quantize(_wide(x), encoding, clip).to(x.dtype)
         weight = fake_quantize(_wide(weight), _of(layer, "weight"), ratio(self.weight_clips[layer.node])).to(weight.dtype)
         return torch.nn.functional.linear(x, weight, read(bias) if isinstance(bias, Node) else None)
 
     def _turned(self, layer: Layer, weight: Tensor) -> Tensor:
         order = self.online.get(layer.site("input").operand)
         return weight if order is None else hadamard.transform(weight, order)
+
+
+def uses(member: Member) -> Iterable[Node]:
+    """The calls that a member takes part in."""
+    return member.node.users if member.node.op == "get_attr" else [member.node]
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -135,18 +145,13 @@ def ratio(parameter: Tensor) -> Tensor:
     return torch.exp(-torch.nn.functional.softplus(parameter))
 
 
-def _inverse(ratio: float) -> float:
-    return float(_inverse_of(torch.tensor(ratio)))
-
-
 def _inverse_of(ratio: Tensor) -> Tensor:
     return torch.expm1(-ratio.log()).log()
 
 
 def _neutral(group: ChannelGroup) -> nn.Parameter:
     """The parameters of the identity."""
-    mixing = group.kind.value == "rotate"
-    return nn.Parameter(torch.zeros(group.block, group.block) if mixing else torch.zeros(group.size))
+    return nn.Parameter(torch.zeros(group.block, group.block) if group.kind is Map.ROTATE else torch.zeros(group.size))
 
 
 def _of(layer: Layer, name: str) -> Encoding:

@@ -20,11 +20,11 @@ from torch.fx import GraphModule
 
 from ir import edit, evaluate
 from ir.capture import capture
-from ir.scale_learning import RATES, Recipe
 from ir.sites import readers
 from passes.calibration import flat_batches, token_windows
 from passes.measure import perplexity
 from tools.outliers import gated, inputs, plant, plant_tokens
+from tools.scale_learning import RATES, Recipe
 from tools.smoothrot_families import BASE, PARTIAL, PUBLISHED, Place, Quantized, choose, error, smoothrot
 from tools.smoothrot_plots import draw
 

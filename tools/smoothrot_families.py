@@ -5,12 +5,13 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from ir import block_transform, numerics
+from ir import numerics
 from ir.encoding import Encoding
 from ir.hadamard import largest_block, orders
 from ir.rounding import GPTQ, Nearest, Rounding
-from ir.scale_learning import Layer, Learned, Recipe, learn, learn_best
-from ir.smoothing import N1, N2, Policy, balanced, layer_error, magnitude, product, rounded, scales, transformed, weight_magnitude
+from ir.smoothing import N1, N2, Policy, layer_error, magnitude, product, rounded, scales, transformed, weight_magnitude
+from tools.block_stages import stages
+from tools.scale_learning import Layer, Learned, Recipe, learn, learn_best
 
 CHANNEL = Encoding.parse("i4[1,-1]")
 RATIOS = [1 - 0.03 * i for i in range(12)]
@@ -86,7 +87,7 @@ def clipped(found: Learned) -> Family:
 
     def family(at: Place) -> Quantized:
         _, W = transformed(at.W[:1], at.W, found.s)
-        weight = rounded(W, 4, found.clip_w.unsqueeze(-1))
+        weight = rounded(W, 4, found.clip_w)
         return Quantized(lambda x: rounded(transformed(x, at.W, found.s)[0], 4, found.clip_x), weight)
 
     return family
@@ -114,15 +115,15 @@ def blocked(blocks: Sequence[int], rounding: Rounding) -> Family:
 
     def family(at: Place) -> Quantized:
         X, W = at.train.double(), at.W.double()
-        stages = block_transform.stages(X.T @ X, W.T @ W, blocks)
+        found = stages(X.T @ X, W.T @ W, blocks)
 
         def prepare(x: Tensor) -> Tensor:
-            for stage in stages:
+            for stage in found:
                 x = stage.activation(x)
             return transformed(x, x[:1])[0]
 
         W = at.W
-        for stage in stages:
+        for stage in found:
             W = stage.weight(W)
         W = transformed(W[:1], W)[1]
         held, Y = prepare(at.held), at.held @ at.W.T
@@ -197,6 +198,16 @@ def choose(places: Sequence[Place], selected: Sequence[Place], recipe: Recipe, r
         f"blocks {large} + clipping + GPTQ": blocked(large, GPTQ()),
     }
     return Chosen(families, notes, t3, best)
+
+
+def balanced(x: Tensor, W: Tensor) -> Tensor:
+    """`s_j = √(‖x_j‖ / ‖w_j‖)`, of geometric mean 1: both sides of a channel get the same norm; 1 at dead channels. No search, no tuning.
+
+    These scales minimise `‖X Λ⁻¹‖_F ‖W Λ‖_F`, with which the errors of both sides grow once a rotation has spread every row
+    (`ir.block_transform` with blocks of one).
+    """
+    a, w = (side.double().square().mean(0).sqrt() for side in (x, W))
+    return scales(a, w, 0.5, normalised=True).float()
 
 
 def divisor(n: int, most: int) -> int:

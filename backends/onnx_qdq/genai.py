@@ -15,7 +15,7 @@ def genai_config(config: Any, signature: Signature, entries: Mapping[str, str], 
         entries: session settings.
         filename: the model's file name.
     """
-    caches = {port.shape for port in signature.inputs if port.name.startswith(f"{CACHE}.")}
+    caches = {port.shape for port in signature.inputs if port.cached}
     if len(caches) != 1 or signature.coded or not any(port.name == "logits" for port in signature.outputs):
         return None
     text = config.get_text_config()

@@ -33,7 +33,7 @@ def channel_groups(gm: GraphModule, kind: Map) -> list[ChannelGroup]:
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             port = next(ports, None)
-            if port is not None and port.name.startswith(f"{CACHE}."):
+            if port is not None and port.cached:
                 flow.labels[node] = flow.fresh(label_shape(edit.value(node)))
                 cache[port.name.removeprefix(CACHE)] = node
         elif node.op == "get_attr":

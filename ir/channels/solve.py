@@ -32,7 +32,7 @@ class _Solution:
         self.dual: Ids = self.least[np.arange(self.atoms) ^ 1]
         self.channel: Ids = np.minimum(self.least, self.dual) if flow.kind in INVERTED else self.least
         self.block: Ids = self.channel.copy()
-        self.reasons: list[str] = [""]
+        self.reasons: dict[str, int] = {"": 0}
         self.frozen: Ids = np.zeros(self.atoms, np.int64)
         if flow.kind in INVERTED:
             self._freeze(np.flatnonzero(self.least == self.dual), "the map would have to be its own inverse")
@@ -44,10 +44,9 @@ class _Solution:
 
     def _freeze(self, atoms: Ids, reason: str) -> None:
         """Freeze the channels of atoms, unless they are frozen already."""
-        if reason not in self.reasons:
-            self.reasons.append(reason)
+        number = self.reasons.setdefault(reason, len(self.reasons))
         channels = self.channel[atoms]
-        self.frozen[channels[self.frozen[channels] == 0]] = self.reasons.index(reason)
+        self.frozen[channels[self.frozen[channels] == 0]] = number
 
     def _mix(self) -> None:
         """Channels lie in one block if no limit tells them apart; a frozen channel freezes its block."""
@@ -61,9 +60,10 @@ class _Solution:
             self.block[channels] = blocks + fresh
             blocks += int(fresh.max()) + 1
         self.block = np.unique(self.block[self.channel], return_inverse=True)[1].reshape(-1)
+        size = np.bincount(self.block[np.unique(self.channel)])
         for row, reason in self.flow.single:
             atoms = row.numpy()
-            if len(np.unique(self.channel[self.block == self.block[atoms[0]]])) != len(atoms) or len(np.unique(self.block[atoms])) > 1:
+            if size[self.block[atoms[0]]] != len(atoms) or (self.block[atoms] != self.block[atoms[0]]).any():
                 self._freeze(atoms, reason)
         self._freeze(np.flatnonzero(self._uneven()[self.block]), UNEVEN)
         self.frozen = self.frozen[self.channel]
@@ -105,25 +105,27 @@ class _Solution:
         for channels in at:
             key[np.unique(channels)] += generator.integers(1, 2**63, dtype=np.uint64)
         used = np.unique(_joined(at))
+        if not len(used):
+            return []
         _, block, size = np.unique(self.block[used], return_inverse=True, return_counts=True)
         columns = np.stack([key[used], self.frozen[used].astype(np.uint64), size[block.reshape(-1)].astype(np.uint64)])
         _, first, group = np.unique(columns, axis=1, return_index=True, return_inverse=True)
-        order = np.argsort(np.argsort(first))[group.reshape(-1)]  # groups by their first channel
-        group_of = np.full(self.atoms, -1)
-        group_of[used] = order
-        members: dict[int, list[int]] = {}
-        for index, channels in enumerate(at):
+        group = np.argsort(np.argsort(first))[group.reshape(-1)]  # groups by their first channel
+        order = np.lexsort((used, _first_of(self.block[used], used), group))
+        parts = np.split(used[order], np.cumsum(np.bincount(group))[:-1])
+        group_of, place = np.full(self.atoms, -1), np.empty(self.atoms, np.int64)
+        group_of[used] = group
+        for channels in parts:
+            place[channels] = np.arange(len(channels))
+        members: list[list[Member]] = [[] for _ in parts]
+        for use, channels in zip(uses, at, strict=True):
             for number in np.unique(group_of[channels]):
-                members.setdefault(int(number), []).append(index)
-        return [self._group(used[order == number], [(uses[i], at[i]) for i in members[number]]) for number in range(len(first))]
+                members[number] += self._members(use, np.where(group_of[channels] == number, place[channels], -1))
+        return [self._group(channels, tuple(found)) for channels, found in zip(parts, members, strict=True)]
 
-    def _group(self, channels: Ids, uses: list[tuple[Use, Ids]]) -> ChannelGroup:
-        channels = channels[np.lexsort((channels, _first_of(self.block[channels], channels)))]
+    def _group(self, channels: Ids, members: tuple[Member, ...]) -> ChannelGroup:
         blocks = len(np.unique(self.block[channels]))
-        number = np.full(self.atoms, -1)
-        number[channels] = np.arange(len(channels))
-        members = tuple(member for use, at in uses for member in self._members(use, number[at]))
-        reason = self.reasons[int(self.frozen[channels[0]])]
+        reason = list(self.reasons)[int(self.frozen[channels[0]])]
         return ChannelGroup(self.flow.kind, blocks, len(channels) // blocks, members, reason)
 
     def _members(self, use: Use, channels: Ids) -> Iterator[Member]:

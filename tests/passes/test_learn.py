@@ -24,7 +24,7 @@ def test_what_is_learned_keeps_the_function(family, options):
 
 def test_rotations_are_learned_where_norms_have_no_gain():
     _, records, _, error = kept("llama", f"{OPENED}, annotate(scheme='W4A4'), learn(parts=['rotations'], steps=6)")
-    assert records[-1].sites == 3 + 8
+    assert records[-1].sites == 3
     assert error < 1e-4
 
 
@@ -72,7 +72,36 @@ def test_it_refuses_one_batch_and_no_annotations():
         run(load("llama").graph(), f"{OPENED}, learn", CALIBRATION)
 
 
-@pytest.mark.parametrize("options", [{"parts": ("widths",)}, {"loss": "mse"}, {"steps": 0}, {"rate": 0.0}, {"clip": 1.5}, {"rows": 0}])
+def test_clips_that_are_not_learned_stay():
+    gm, *_ = kept("llama", f"{MARKED}, clip_activations, learn(parts=['scales'], steps=2)")
+    clips = {layer.site("input").encoding.clip for layer in layers(gm) if layer.site("input").encoding}
+    before, *_ = kept("llama", f"{MARKED}, clip_activations")
+    assert clips == {layer.site("input").encoding.clip for layer in layers(before) if layer.site("input").encoding}
+
+
+def test_static_scales_have_no_clips_to_learn():
+    gm, records, _, _ = kept("llama", f"{OPENED}, annotate(scheme='W8A8', dynamic=False), learn(parts=['clips'], steps=2)")
+    assert records[-1].sites == 0
+    assert all("*" not in str(layer.site("input").encoding) for layer in layers(gm) if layer.kind == "Linear")
+
+
+def test_what_is_frozen_is_noted():
+    _, _, ctx, _ = kept("llama", "canonicalize, untie, annotate(scheme='W4A4'), learn(parts=['rotations', 'clips'], steps=2)")
+    assert any("learn: left out the channels" in note and "rotate" in note for note in ctx.notes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"parts": ("widths",)},
+        {"loss": "mse"},
+        {"steps": 0},
+        {"rate": 0.0},
+        {"clip": 1.5},
+        {"loss": "block", "parts": ("rotations",)},
+        {"rows": 0},
+    ],
+)
 def test_bad_options_are_refused(options):
     with pytest.raises(OptionError):
         Learn(**options)

@@ -1,6 +1,6 @@
 import torch
 
-from ir import evaluate
+from ir import edit, evaluate
 from ir.sites import layers
 from passes.prefix import Prefix
 from tests.families import load
@@ -41,6 +41,16 @@ def test_the_model_as_it_was_has_no_rounded_activations():
         x = tapped(exact, ctx, wanted[inputs.layers[0].path].site("input").operand)
         torch.testing.assert_close(inputs.gram.double(), x_hat.T @ x_hat / len(x), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(inputs.cross.double(), x.T @ x_hat / len(x), rtol=1e-4, atol=1e-4)
+
+
+def test_tensors_of_the_model_as_it_was_are_released_block_by_block():
+    gm, ctx, pending = prepared("annotate(scheme='W4A4'), quantize(weights=False)")
+    prefix, held = Prefix(gm, ctx, pending, exact=True), []
+    for _ in prefix.inputs("test"):
+        held.append(sum(tensor.numel() for tensor in prefix.was.gm.state_dict().values()))
+    assert held == sorted(held, reverse=True)
+    of_linears = sum(edit.attribute(gm, layer.weight).numel() for layer in pending.values())
+    assert held[0] - held[-1] > of_linears / 2
 
 
 def test_making_up_for_the_prefix_helps():

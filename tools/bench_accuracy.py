@@ -1,20 +1,14 @@
 """Perplexity of the weight-only and W8A8 presets on the bench model, beside the peers' figures for the same protocol.
 
-    python tools/bench_accuracy.py ../shared/bench --out tools/results/accuracy.md
-
-The folder has `protocol.py` (windows and perplexity) and `llama-wt2`. Nothing is chosen on the test texts.
+python -m tools.bench_accuracy ../shared/bench --out tools/results/accuracy.md
 """
 
 import argparse
-import importlib.util
 import time
 from pathlib import Path
-from typing import Any
-
-import torch
-import transformers
 
 import passes
+from tools import bench_model
 
 # Pipeline: the best GPTQ figures of any peer (WikiText-2, news); for W8A8 the full-precision figures.
 ROWS = {
@@ -32,15 +26,6 @@ ROWS = {
 }
 
 
-def load_protocol(bench: Path) -> Any:
-    """The module of the bench folder that has windows and measures."""
-    spec = importlib.util.spec_from_file_location("protocol", bench / "protocol.py")
-    assert spec is not None and spec.loader is not None
-    protocol = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(protocol)
-    return protocol
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", type=Path)
@@ -48,11 +33,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="pipelines, instead of all rows")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    protocol = load_protocol(options.bench)
-    model = transformers.AutoModelForCausalLM.from_pretrained(options.bench / "llama-wt2", dtype=torch.float32).eval()
-    calibration = list(protocol.calibration_windows(options.seed).split(8))
-    tests = {name: protocol.test_windows(name) for name in protocol.TESTS}
-    full = [protocol.perplexity(model, ids) for ids in tests.values()]
+    bench = bench_model.load(options.bench, options.seed)
+    full = bench.perplexities(bench.model)
     lines = [
         "| pipeline | counted bits | WikiText-2 | news | best peer with GPTQ | relative to it | seconds |",
         "|---|---|---|---|---|---|---|",
@@ -60,9 +42,9 @@ def main() -> None:
     ]
     for pipeline in options.only or ROWS:
         started = time.perf_counter()
-        compiled = passes.compile(model, pipeline, calibration, seed=options.seed)
+        compiled = passes.compile(bench.model, pipeline, bench.calibration, seed=options.seed)
         seconds = time.perf_counter() - started
-        ours = [protocol.perplexity(compiled, ids) for ids in tests.values()]
+        ours = bench.perplexities(compiled)
         peer = ROWS.get(pipeline)
         beside = f"{peer[0]:.2f} / {peer[1]:.2f}" if peer else ""
         relative = " / ".join(f"{100 * (mine / theirs - 1):+.2f} %" for mine, theirs in zip(ours, peer, strict=True)) if peer else ""

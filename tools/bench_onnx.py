@@ -28,6 +28,7 @@ import passes
 from backends.onnx_qdq import OnnxQdq
 
 PREFILL, PAST = 128, 256
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8, "tensor(int8)": np.int8}  # of caches
 PIPELINES = {
     "fp32": "canonicalize",
     "ours W4A16 g{group}": "w4a16(group={group}, symmetric=True, rounding='nearest')",
@@ -64,7 +65,7 @@ def feeds(session: ort.InferenceSession, length: int, past: int) -> dict[str, np
         elif port.name == "position_ids":
             made[port.name] = np.arange(past, past + length)[None]
         else:
-            made[port.name] = rng.standard_normal((1, port.shape[1], past, port.shape[3])).astype(np.float32)
+            made[port.name] = rng.uniform(0, 2, (1, port.shape[1], past, port.shape[3])).astype(TYPES[port.type])
     return made
 
 

@@ -8,15 +8,10 @@ Every linear but the head, weights per output channel, activations per token. No
 import argparse
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
-import transformers
 
 import passes
-from tools.bench_accuracy import load_protocol
+from tools import bench_model
 
 OPENED = "canonicalize, untie, fold_norm, center_norm"
 CLIPPED = "clip_activations, quantize"
@@ -57,15 +52,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(STEPS), help="names of steps")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    protocol = load_protocol(options.bench)
-    model = transformers.AutoModelForCausalLM.from_pretrained(options.bench / "llama-wt2", dtype=torch.float32).eval()
-    calibration = list(protocol.calibration_windows(options.seed).split(8))
-    tests = {name: protocol.test_windows(name) for name in protocol.TESTS}
-
-    def measure(run: Callable[..., Any]) -> list[float]:
-        return [protocol.perplexity(run, ids) for ids in tests.values()]
-
-    full = measure(model)
+    bench = bench_model.load(options.bench, options.seed)
+    full = bench.perplexities(bench.model)
     text = [f"# W4A4 and W3A3, step by step\n\n`python -m tools.bench_transforms {options.bench}`, calibration seed {options.seed}.", ""]
     text.append(f"Full precision: {full[0]:.2f} / {full[1]:.2f}. Excess: of log perplexity over full precision. Seconds beside other work.")
     for scheme in options.schemes:
@@ -74,9 +62,9 @@ def main() -> None:
         for name in options.only:
             line = STEPS[name].format(scheme.lower() if STEPS[name].startswith("{}") else scheme)
             started = time.perf_counter()
-            compiled = passes.compile(model, line, calibration, seed=options.seed)
+            compiled = passes.compile(bench.model, line, bench.calibration, seed=options.seed)
             seconds = time.perf_counter() - started
-            found = measure(compiled)
+            found = bench.perplexities(compiled)
             excess = " / ".join(f"{math.log(mine / whole):.4f}" for mine, whole in zip(found, full, strict=True))
             text.append(f"| {name} | {found[0]:.2f} | {found[1]:.2f} | {excess} | {seconds:.0f} |")
             print(scheme, text[-1], flush=True)

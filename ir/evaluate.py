@@ -1,6 +1,7 @@
 """Run parts of a graph, holding only the values that are still needed."""
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,42 +37,54 @@ def ancestors(nodes: Iterable[Node], stop: Container[Node] = ()) -> set[Node]:
     return found
 
 
-@torch.no_grad()
 def evaluate(
-    gm: GraphModule, nodes: Sequence[Node], given: Mapping[Node, Any], keep: Sequence[Node], tap: Tap | None = None
+    gm: GraphModule,
+    nodes: Sequence[Node],
+    given: Mapping[Node, Any],
+    keep: Sequence[Node],
+    tap: Tap | None = None,
+    *,
+    instead: Mapping[Node, Callable[..., Any]] = MappingProxyType({}),
+    grad: bool = False,
 ) -> Environment:
     """Evaluate `nodes`, in order, from the values `given`, and return the values of `keep`.
 
     Args:
         nodes: calls to run; every operand is given, in `nodes` before its reader, or a stored tensor.
+        given: values by node; those of stored tensors take their place.
         keep: the nodes whose values are wanted; every other value is dropped after its last reader.
         tap: called with every node of `nodes` and its value.
+        instead: functions to call in place of a node's operator, with the same operands.
+        grad: record gradients, with respect to what is given or what `tap` marks; stored tensors are constants.
     """
     last = {operand: node for node in nodes for operand in node.all_input_nodes}
     kept = set(keep)
     environment: Environment = dict(given)
 
     def operand(node: Node) -> Any:
-        return edit.attribute(gm, node) if node.op == "get_attr" else environment[node]
+        if node.op == "get_attr" and node not in given:
+            return edit.attribute(gm, node).detach()
+        return environment[node]
 
-    for node in nodes:
-        if node.op != "call_function":
-            continue
-        args, kwargs = map_arg((node.args, node.kwargs), operand)
-        environment[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        if tap is not None:
-            tap(node, environment[node])
-        for used in [*node.all_input_nodes, node]:
-            if used not in kept and last.get(used, node) is node:
-                environment.pop(used, None)
-    return {node: environment[node] if node.op != "get_attr" else edit.attribute(gm, node) for node in keep}
+    with torch.set_grad_enabled(grad):
+        for node in nodes:
+            if node.op != "call_function":
+                continue
+            args, kwargs = map_arg((node.args, node.kwargs), operand)
+            environment[node] = instead.get(node, node.target)(*args, **kwargs)  # type: ignore[operator]
+            if tap is not None:
+                tap(node, environment[node])
+            for used in [*node.all_input_nodes, node]:
+                if used not in kept and last.get(used, node) is node:
+                    environment.pop(used, None)
+        return {node: operand(node) for node in keep}
 
 
-def run(gm: GraphModule, inputs: Sequence[Tensor], tap: Tap | None = None) -> tuple[Tensor, ...]:
-    """The graph's flat outputs for flat inputs."""
+def run(gm: GraphModule, inputs: Sequence[Tensor], tap: Tap | None = None, *, grad: bool = False) -> tuple[Tensor, ...]:
+    """The graph's flat outputs for flat inputs; `tap` and `grad` as of `evaluate`."""
     nodes = list(gm.graph.nodes)
     outputs = nodes[-1].args[0]
     assert isinstance(outputs, tuple)
     wanted: list[Node] = list(outputs)
-    values = evaluate(gm, nodes[:-1], bind(gm, inputs), wanted, tap)
+    values = evaluate(gm, nodes[:-1], bind(gm, inputs), wanted, tap, grad=grad)
     return tuple(values[node] for node in wanted)

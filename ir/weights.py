@@ -7,7 +7,8 @@ from ir import edit
 from ir.encoding import Encoding
 from ir.numerics import QParams
 from ir.ops import DEQUANTIZE
-from ir.sites import Layer
+from ir.rounding import Rounding
+from ir.sites import Layer, layers
 
 
 def set_codes(gm: GraphModule, layer: Layer, encoding: Encoding, codes: Tensor, qparams: QParams) -> None:
@@ -24,3 +25,16 @@ def set_codes(gm: GraphModule, layer: Layer, encoding: Encoding, codes: Tensor, 
     operands = (nodes["codes"], nodes["scale"], nodes["zero_point"], str(encoding), dtype)
     layer.site("weight").read(edit.emit(gm, DEQUANTIZE, operands, before=layer.node))
     edit.drop(gm, weight)
+
+
+def round_layer(gm: GraphModule, layer: Layer, rounding: Rounding, gram: Tensor | None = None, weight: Tensor | None = None) -> None:
+    """Round a layer's weight as it is annotated; or another `weight [N, K]` in its place."""
+    encoding = layer.site("weight").encoding
+    assert encoding is not None
+    codes, qparams = rounding.round_weight(edit.attribute(gm, layer.weight) if weight is None else weight, encoding, gram)
+    set_codes(gm, layer, encoding, codes, qparams)
+
+
+def unrounded(gm: GraphModule) -> list[Layer]:
+    """The layers whose weights are annotated and still in floating point."""
+    return [layer for layer in layers(gm) if layer.site("weight").encoding is not None and layer.weight.op == "get_attr"]

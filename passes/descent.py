@@ -27,6 +27,13 @@ def shuffled(items: Sequence[T], seed: int) -> Iterator[tuple[T, torch.Generator
             yield items[index], generator
 
 
+def some_rows(batch: Sequence[Tensor], count: int, generator: torch.Generator) -> list[Tensor]:
+    """Some samples of a batch."""
+    size = batch[0].shape[0]
+    rows = torch.randperm(size, generator=generator)[:count]
+    return [value[rows] if value.ndim and value.shape[0] == size else value for value in batch]
+
+
 def descend(
     parameters: Iterable[nn.Parameter],
     loss: Loss[T],
@@ -56,7 +63,7 @@ def descend(
     if not wanted:
         return best
     optimizer = torch.optim.Adam(wanted, lr=rate, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, count))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, count))
     looks = {-(-count * look // LOOKS) for look in range(1, LOOKS + 1)}
     for step in steps:
         optimizer.zero_grad()
@@ -75,7 +82,8 @@ def _copies(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in parameters]
 
 
-def _rate(step: int, count: int) -> float:
+def rate_at(step: int, count: int) -> float:
+    """The share of the greatest learning rate at a step of `count`: warm-up, then a cosine."""
     return min(1.0, (step + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * step / count))
 
 

@@ -13,10 +13,10 @@ from ir.blocks import Block, blocks
 from ir.channels import ChannelGroup, Map, channel_groups
 from ir.errors import DataError, OptionError
 from ir.online import online_inputs
-from ir.signature import Signature
 from ir.sites import chosen, layers, readers
 from passes.base import Context, Effect, Pass
-from passes.descent import Loss, descend, shuffled, split
+from passes.descent import Loss, descend, shuffled, some_rows, split
+from passes.divergence import of_outputs, own_outputs
 from passes.student import Student, Values, ratio, uses
 
 MAPS = {"rotations": Map.ROTATE, "scales": Map.SCALE}  # in the order that they are applied
@@ -133,16 +133,16 @@ def _groups(gm: GraphModule, ctx: Context, kind: Map) -> list[ChannelGroup]:
 def _learn_model(recipe: Learn, gm: GraphModule, ctx: Context, student: Student) -> None:
     """One loss, of the model's own outputs."""
     nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
-    outputs = {node: name for node, name in _own_outputs(gm).items() if node.op == "call_function"}
+    outputs = {node: name for node, name in own_outputs(gm).items() if node.op == "call_function"}
 
     def loss(batch: Sequence[Tensor]) -> Tensor:
         given = evaluate.bind(gm, batch)
         exact = evaluate.evaluate(gm, nodes, given, list(outputs))
         found = student.run(nodes, given, list(outputs), student.tensors())
-        return torch.stack([_distance(found[node], exact[node], logits=name == "logits") for node, name in outputs.items()]).sum()
+        return of_outputs(found, exact, outputs)
 
     train, held = split([list(batch) for batch in ctx.calibration])
-    samples = (_rows(batch, recipe.rows, generator) for batch, generator in shuffled(train, recipe.seed))
+    samples = (some_rows(batch, recipe.rows, generator) for batch, generator in shuffled(train, recipe.seed))
     _descend(recipe, ctx, student.parameters(), loss, samples, held, "learn")
 
 
@@ -152,7 +152,7 @@ def _learn_blocks(recipe: Learn, gm: GraphModule, ctx: Context, student: Student
     bound = [evaluate.bind(gm, batch) for batch in ctx.calibration]
     exact, rounded = bound, bound
     for number, block in enumerate(cut):
-        keep = block.exit or tuple(node for node in _own_outputs(gm) if node in block.nodes)
+        keep = block.exit or tuple(node for node in own_outputs(gm) if node in block.nodes)
         nodes = [*outside, *block.nodes]
         targets = [evaluate.evaluate(gm, _needed(nodes, keep, given), given, keep) for given in exact]
         imitation = _Imitation(student, nodes, keep, rounded, targets, student.within(set(block.nodes)))
@@ -197,7 +197,7 @@ class _Imitation:
     def loss(self, index: int) -> Tensor:
         """Its relative squared error."""
         found = self.run(index)
-        return torch.stack([_distance(found[node], self.targets[index][node]) for node in self.keep]).sum()
+        return of_outputs(found, self.targets[index], dict.fromkeys(self.keep, ""))
 
 
 def _needed(nodes: Sequence[Node], keep: Sequence[Node], given: Values) -> list[Node]:
@@ -215,31 +215,6 @@ def _parameters_of(student: Student, block: Block) -> list[nn.Parameter]:
     ]
     found += [parameter for source, parameter in student.input_clips.items() if any(user in own for user in source.users)]
     return found + [parameter for node, parameter in student.weight_clips.items() if node in own]
-
-
-def _rows(batch: Sequence[Tensor], count: int, generator: torch.Generator) -> list[Tensor]:
-    """Some samples of a batch."""
-    size = batch[0].shape[0]
-    rows = torch.randperm(size, generator=generator)[:count]
-    return [value[rows] if value.ndim and value.shape[0] == size else value for value in batch]
-
-
-def _own_outputs(gm: GraphModule) -> dict[Node, str]:
-    """The floating-point outputs that are the model's own, and their names."""
-    signature: Signature | None = gm.meta.get("signature")
-    nodes: tuple[Node, ...] = gm.graph.output_node().args[0]  # type: ignore[assignment]
-    if signature is None:
-        return {node: "" for node in nodes if edit.value(node).is_floating_point()}
-    found = zip(nodes, signature.outputs, strict=True)
-    return {node: port.name for node, port in found if not port.cached and edit.value(node).is_floating_point()}
-
-
-def _distance(found: Tensor, exact: Tensor, *, logits: bool = False) -> Tensor:
-    """KL(exact ‖ found) per token, in nats; or ‖found − exact‖² / ‖exact‖²."""
-    if logits:
-        p, q = exact.float().log_softmax(-1), found.float().log_softmax(-1)
-        return (p.exp() * (p - q)).sum(-1).mean()
-    return (found - exact).square().sum() / exact.square().sum().clamp_min(1e-12)
 
 
 LOSSES = {"model": _learn_model, "block": _learn_blocks}

@@ -42,9 +42,9 @@ def tokens_of(value: Tensor, ctx: Context, count: int) -> Tensor:
     return rows[torch.linspace(0, len(rows) - 1, share).long()]
 
 
-def observed(gm: GraphModule, ctx: Context, *, gram: bool = False) -> Statistics:
+def observed(gm: GraphModule, ctx: Context, *, gram: bool = False, sketch: bool = True) -> Statistics:
     """Statistics of the inputs of all linears over the calibration data, by the path of the first layer that reads each tensor."""
     sources = {source: found[0].path for source, found in readers(gm).items()}
     statistics = Statistics()
-    watch(gm, ctx, sources, lambda node, value: statistics.observe(sources[node], value, gram=gram), "observe")
+    watch(gm, ctx, sources, lambda node, value: statistics.observe(sources[node], value, gram=gram, sketch=sketch), "observe")
     return statistics

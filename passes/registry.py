@@ -29,6 +29,7 @@ MODULES = (
     "annotate",
     "clip_activations",
     "round_weights",
+    "learn_rounding",
     "quantize",
     "quantize_cache",
 )

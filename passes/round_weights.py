@@ -8,9 +8,9 @@ from torch.fx import GraphModule
 
 from ir import edit
 from ir.errors import DataError, OptionError
-from ir.rounding import GPTQ, Nearest, Rounding, propagate_error
-from ir.sites import Layer, layers
-from ir.weights import set_codes
+from ir.rounding import GPTQ, Nearest, propagate_error
+from ir.sites import Layer
+from ir.weights import round_layer, unrounded
 from passes.base import Context, Effect, Pass
 from passes.prefix import Inputs, Prefix
 
@@ -79,17 +79,17 @@ class RoundWeights(Pass):
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Round every annotated weight, one at a time."""
-        pending = {layer.node: layer for layer in layers(gm) if layer.site("weight").encoding is not None and layer.weight.op == "get_attr"}
+        pending = {layer.node: layer for layer in unrounded(gm)}
         linears = {node: layer for node, layer in pending.items() if layer.kind == "Linear" and self.method == "gptq"}
         # First of all what has no inputs to weigh, embeddings: the linears then see what they give once rounded.
         for node, layer in pending.items():
             if node not in linears:
-                _round(gm, layer, Nearest())
+                round_layer(gm, layer, Nearest())
         if linears:
             rounding = GPTQ(damping=self.damping, act_order=self.act_order, search=self.search, sweeps=self.sweeps)
             for inputs in Prefix(gm, ctx, linears, exact=self.propagation > 0).inputs("round weights"):
                 for layer in inputs.layers:
-                    _round(gm, layer, rounding, inputs.gram, self._target(gm, layer, inputs))
+                    round_layer(gm, layer, rounding, inputs.gram, self._target(gm, layer, inputs))
         return len(pending)
 
     def _target(self, gm: GraphModule, layer: Layer, inputs: Inputs) -> Tensor:
@@ -103,10 +103,3 @@ class RoundWeights(Pass):
 def _tokens(first: Tensor) -> int:
     """Tokens in a batch, from its first input: ids `[batch, length]`, or vectors along the last axis."""
     return int((first.shape[:-1] if first.is_floating_point() else first.shape[:2]).numel())
-
-
-def _round(gm: GraphModule, layer: Layer, rounding: Rounding, gram: Tensor | None = None, weight: Tensor | None = None) -> None:
-    encoding = layer.site("weight").encoding
-    assert encoding is not None
-    codes, qparams = rounding.round_weight(edit.attribute(gm, layer.weight) if weight is None else weight, encoding, gram)
-    set_codes(gm, layer, encoding, codes, qparams)

@@ -1,14 +1,14 @@
 """`Student`: a graph as it will be after maps, rotations and rounding that are still being learned, evaluated with gradients."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
-from ir import edit, hadamard, maps
+from ir import edit, evaluate, hadamard, maps
 from ir.channels import ChannelGroup, Map, Member
 from ir.encoding import Encoding
 from ir.match import operand
@@ -93,42 +93,32 @@ class Student(nn.Module):
 
     def run(self, nodes: Sequence[Node], given: Values, keep: Sequence[Node], tensors: Mapping[Node, Tensor]) -> Values:
         """The values of `keep` after `nodes` are evaluated in order, with gradients where they are enabled."""
-        environment = dict(given)
+        stored = {node: tensor.to(edit.value(node).dtype) for node, tensor in tensors.items()}
+        instead: dict[Node, Callable[..., Tensor]] = {node: partial(self._linear, layer) for node, layer in self.layers.items()}
+        instead |= {node: partial(_with_gain, node, gain) for node, gain in stored.items() if node.op == "call_function"}
+        whole = {node: tensor for node, tensor in stored.items() if node.op == "get_attr"}
+        return evaluate.evaluate(self.gm, nodes, given | whole, keep, instead=instead, grad=torch.is_grad_enabled())
 
-        def read(node: Node) -> Any:
-            if node.op == "get_attr":
-                stored = edit.attribute(self.gm, node).detach()
-                return tensors[node].to(stored.dtype) if node in tensors else stored
-            return environment[node]
-
-        for node in nodes:
-            if node.op != "call_function":
-                continue
-            if node in self.layers:
-                environment[node] = self._linear(self.layers[node], read)
-                continue
-            args, kwargs = map_arg((node.args, node.kwargs), read)
-            if node in tensors:  # a norm that gets a gain
-                args = (*args[:2], tensors[node].to(edit.value(node).dtype), *args[3:])
-            environment[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return {node: environment[node] for node in keep}
-
-    def _linear(self, layer: Layer, read: Any) -> Tensor:
+    def _linear(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """A linear with both operands rounded."""
-        source, bias = layer.site("input").operand, operand(layer.node, "bias")
-        x, weight = read(source), self._turned(layer, read(layer.weight))
+        source, encoding = layer.site("input").operand, layer.site("input").encoding
+        weight = self._turned(layer, weight)
         if source in self.online:
             x = hadamard.transform(x, self.online[source])
-        encoding = layer.site("input").encoding
         if encoding is not None:
             clip = ratio(self.input_clips[source]) if source in self.input_clips else encoding.clip
             x = fake_quantize(_wide(x), encoding, clip).to(x.dtype)
         weight = fake_quantize(_wide(weight), _of(layer, "weight"), ratio(self.weight_clips[layer.node])).to(weight.dtype)
-        return torch.nn.functional.linear(x, weight, read(bias) if isinstance(bias, Node) else None)
+        return torch.nn.functional.linear(x, weight, bias)
 
     def _turned(self, layer: Layer, weight: Tensor) -> Tensor:
         order = self.online.get(layer.site("input").operand)
         return weight if order is None else hadamard.transform(weight, order)
+
+
+def _with_gain(norm: Node, gain: Tensor, x: Tensor, shape: list[int], weight: Tensor | None = None, *rest: Any, **others: Any) -> Any:
+    """A norm without a gain of its own, with one."""
+    return norm.target(x, shape, gain, *rest, **others)  # type: ignore[operator]
 
 
 def uses(member: Member) -> Iterable[Node]:

@@ -1,0 +1,99 @@
+"""`Codes`: integers and scales of one weight while they are being learned."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ir import edit, numerics
+from ir.errors import OptionError
+from ir.numerics import QParams
+from ir.rounding import SCALE_DTYPE, search_qparams
+from ir.sites import Layer
+from ir.straight_through import fake_quantize
+
+
+class Codes:
+    """The weight of one linear as `(q − z) s` with `q = round(W / s₀ + z + v)`: offsets `v` in [−½, ½] and scales `s` are learned.
+
+    Zero points, and the scales `s₀` that codes are counted in, stay as a search over clipping ratios found them.
+
+    Args:
+        gm: the graph; `W` stays in it and is not changed.
+        layer: annotated, its weight in floating point.
+        importance: of the input's channels, `[K]`: their second moments.
+    """
+
+    def __init__(self, gm: GraphModule, layer: Layer, importance: Tensor) -> None:
+        encoding = layer.site("weight").encoding
+        assert encoding is not None
+        if encoding.bits == 1:
+            raise OptionError("one bit has no neighbouring codes to learn", where=layer.path, remedy="use round_weights")
+        self.gm, self.layer, self.encoding = gm, layer, encoding
+        W = self._stored()
+        found = search_qparams(W, encoding, importance)
+        self.first = QParams(found.scale.float(), found.zero_point)
+        self.offset = torch.zeros(W.shape, dtype=torch.float16)
+        self.log_scale = nn.Parameter(torch.zeros_like(self.first.scale))
+        self.rate = 0.0
+
+    def _stored(self) -> Tensor:
+        return edit.attribute(self.gm, self.layer.weight).detach().float()
+
+    def _levels(self) -> tuple[Tensor, Tensor]:
+        """`q − z`, and where a step of `v` can change it."""
+        W = self._stored()
+        z = 0.0 if self.first.zero_point is None else self._spread(self.first.zero_point.float())
+        least, greatest = numerics.code_range(self.encoding)
+        q = (W / self._spread(self.first.scale) + z + self.offset).round_()
+        return q.clamp(least, greatest) - z, (q >= least) & (q <= greatest)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        return numerics.expand(values, self.encoding, tuple(self.offset.shape))
+
+    @property
+    def scale(self) -> Tensor:
+        """The scales as learned so far."""
+        return (self.first.scale * self.log_scale.detach().exp()).clamp_min(numerics.TINY_HALF)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer with both operands rounded, in place of `aten.linear`."""
+        encoding = self.layer.site("input").encoding
+        if encoding is not None:
+            x = fake_quantize(x.to(numerics.compute_dtype(x.dtype)), encoding, encoding.clip).to(x.dtype)
+        result: Tensor = _Linear.apply(x, self.log_scale, bias, self)  # type: ignore[no-untyped-call]
+        return result
+
+    def learn(self, gradient: Tensor, levels: Tensor, free: Tensor) -> Tensor:
+        """Move the offsets against the gradient of the weight `[N, K]`; returns that of the logarithms of scales."""
+        step = torch.where(free, gradient.sign(), 0.0).to(self.offset.dtype)
+        self.offset.sub_(step, alpha=self.rate).clamp_(-0.5, 0.5)
+        split, axes = numerics.blocked(gradient * levels, self.encoding)
+        return split.sum(axes) * self.scale
+
+    def result(self) -> tuple[Tensor, QParams]:
+        """Codes and parameters as they are stored."""
+        levels, _ = self._levels()
+        z = self.first.zero_point
+        codes = levels if z is None else levels + self._spread(z.float())
+        return codes.to(numerics.storage_dtype(self.encoding)), QParams(self.scale.clamp_max(65504.0).to(SCALE_DTYPE), z)
+
+
+class _Linear(torch.autograd.Function):
+    """`x Ŵᵀ + b`, whose rounded weight lives for one call; `Codes` learns in the backward pass, so that no gradient of a weight is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log_scale: Tensor, bias: Tensor | None, codes: Codes) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.codes = codes
+        levels, _ = codes._levels()
+        return torch.nn.functional.linear(x, (levels * codes._spread(codes.scale)).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (x,), (g,), codes = ctx.saved_tensors, gradients, ctx.codes
+        levels, free = codes._levels()
+        of_x = g @ (levels * codes._spread(codes.scale)).to(g.dtype)
+        of_weight = g.flatten(0, -2).float().mT @ x.flatten(0, -2).float()
+        return of_x, codes.learn(of_weight, levels, free), None, None

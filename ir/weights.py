@@ -1,5 +1,7 @@
 """Stored weights: where codes, scales and zero points live in a graph."""
 
+import math
+
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -7,7 +9,7 @@ from ir import edit
 from ir.encoding import Encoding
 from ir.numerics import QParams
 from ir.ops import DEQUANTIZE
-from ir.rounding import Rounding
+from ir.rounding import SCALE_DTYPE, Rounding
 from ir.sites import Layer, layers
 
 
@@ -33,6 +35,13 @@ def round_layer(gm: GraphModule, layer: Layer, rounding: Rounding, gram: Tensor 
     assert encoding is not None
     codes, qparams = rounding.round_weight(edit.attribute(gm, layer.weight) if weight is None else weight, encoding, gram)
     set_codes(gm, layer, encoding, codes, qparams)
+
+
+def stored_bits(shape: tuple[int, ...], encoding: Encoding) -> int:
+    """Bits that a tensor takes: its codes, a scale for each block, and zero points in the width of the codes."""
+    scales = math.prod(encoding.scale_shape(shape))
+    zero_points = 0 if encoding.symmetric else scales * encoding.bits
+    return math.prod(shape) * encoding.bits + scales * 8 * SCALE_DTYPE.itemsize + zero_points
 
 
 def unrounded(gm: GraphModule) -> list[Layer]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
 from torch.fx import GraphModule
@@ -54,6 +54,7 @@ class Context:
         statistics: what `observe` measured; None before it runs and after the graph changes.
         skipped: what passes left out, filled by `skip`.
         notes: sentences for the report.
+        tables: rows for the report, by the table's title.
         backend: the target; what it does not support is refused as soon as it is annotated.
         allow_partial: leave unsupported layers as they are, instead of refusing.
     """
@@ -65,6 +66,7 @@ class Context:
     statistics: Statistics | None = None
     skipped: list[Skip] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     backend: "Backend | None" = None
     allow_partial: bool = False
 

@@ -91,7 +91,7 @@ def compile_(
         measures[f"{text.name}, before"] = quality(original, ids)
         measures[f"{text.name}, after"] = quality(compiled, ids, original)
     compiled.save(out, overwrite=overwrite)
-    _print(*compiled.report().tables(), f"on disk: {_megabytes(Path(model))} before, {_megabytes(out)} after, in {out}")
+    _print(*compiled.report().page(), f"on disk: {_megabytes(Path(model))} before, {_megabytes(out)} after, in {out}")
 
 
 @app.command("eval")

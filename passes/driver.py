@@ -88,6 +88,7 @@ def compile(
         coverage=coverage(gm, ctx.skipped),
         skipped=left_out(gm, ctx.skipped),
         notes=ctx.notes,
+        tables=ctx.tables,
         difference=relative_error(model_outputs(gm, ctx.probe), original),
         seconds=time.perf_counter() - started,
         peak_bytes=_peak_bytes(),

@@ -7,9 +7,11 @@ from typing import cast
 
 from ir.errors import OptionError
 from passes.annotate import Annotate
+from passes.assign_bits import AssignBits
 from passes.base import Pass
 from passes.canonicalize import Canonicalize
 from passes.clip_activations import ClipActivations
+from passes.learn_rounding import LearnRounding
 from passes.observe import Observe
 from passes.pipeline import Pipeline
 from passes.quantize import Quantize
@@ -17,7 +19,7 @@ from passes.quantize_cache import FLOAT, QuantizeCache
 from passes.rotate_channels import RotateChannels
 from passes.round_weights import RoundWeights
 from passes.smooth_channels import PLACES, SmoothChannels
-from passes.transforms import MLP, OPENED, transformed
+from passes.transforms import MLP, OFFLINE_ONLY, OPENED, transformed
 
 PROPAGATION = 0.25  # of the prefix's error: all of it follows the calibration data too closely
 
@@ -89,6 +91,46 @@ def both(
     return Pipeline((*steps, *clipped, Quantize(weights=False), RoundWeights(propagation=PROPAGATION), *_cached(cache)))
 
 
+def mixed(
+    *,
+    bits: float = 0.0,
+    bytes: int = 0,
+    widths: Sequence[int] = (2, 3, 4, 8),
+    groups: Sequence[int] = (64, -1),
+    transform: str = "rotate",
+    rounding: str = "learned",
+    steps: int = LearnRounding.steps,
+    file: str = "",
+    ignore: Sequence[str] = (),
+    head: bool = False,
+    cache: int = 16,
+) -> Pipeline:
+    """Weights in several widths under one budget, activations in floating point.
+
+    Args:
+        bits: budget: bits per weight, scales and zero points counted; 2.25 if no budget is given.
+        bytes: budget: bytes of the whole model as it is stored.
+        widths: to choose among.
+        groups: sizes to choose among of groups that share a scale; -1 for one scale per output channel.
+        transform: "rotate" (the residual stream and the values, folded into the weights) or "none".
+        rounding: "learned" on the model's own divergence, "gptq" or "nearest".
+        steps: of the learned rounding.
+        file: of predicted losses, as of `assign_bits`.
+        ignore: layers to leave out.
+        head: quantize output heads too.
+        cache: bits of the key/value cache, 2 to 8; 16 leaves it in floating point.
+    """
+    if transform not in OFFLINE_ONLY:
+        raise OptionError(f"there is no transform {transform!r}", where="mixed(transform=...)", remedy=f"there are {list(OFFLINE_ONLY)}")
+    marks = Annotate("W4A16", group=64, symmetric=False, ignore=cast("tuple[str, ...]", ignore), head=head)
+    budget = bits if bits or bytes else 2.25
+    assigned = AssignBits(budget, bytes, cast("tuple[int, ...]", widths), cast("tuple[int, ...]", groups), file=file)
+    rounded = (
+        LearnRounding(steps) if rounding == "learned" else RoundWeights(rounding, propagation=PROPAGATION if rounding == "gptq" else 0.0)
+    )
+    return Pipeline((*OFFLINE_ONLY[transform], marks, assigned, rounded, *_cached(cache)))
+
+
 def rotate(*, where: Sequence[str] = ("R1", "R2", "R4"), kind: str = "hadamard", block: int = -1, seed: int = 0) -> Pipeline:
     """Rotations only; options as of `rotate_channels`."""
     return Pipeline((*OPENED, RotateChannels(cast("tuple[str, ...]", where), kind, block, seed)))
@@ -140,7 +182,7 @@ TRANSFORMING = {
     "smooth": Preset(smooth, "smoothing only, folded into norms and weights"),
     "smoothrot": Preset(smoothrot, "smoothing of the down projections' inputs, then rotations"),
 }
-PRESETS = ROUNDING | TRANSFORMING
+PRESETS = ROUNDING | {"mixed": Preset(mixed, "several widths under one budget, by their predicted loss; learned rounding")} | TRANSFORMING
 
 w8a8, w8a16, w4a16, w3a16, w2a16, w4a8, w4a4, w3a3 = (preset.make for preset in ROUNDING.values())
 

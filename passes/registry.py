@@ -27,6 +27,7 @@ MODULES = (
     "learn",
     "observe",
     "annotate",
+    "assign_bits",
     "clip_activations",
     "round_weights",
     "learn_rounding",

@@ -1,7 +1,7 @@
 """The report: what every pass did, what is covered and what is not and why, sizes, and errors."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +96,7 @@ class Report:
     difference: float
     seconds: float
     peak_bytes: int
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     target: dict[str, Any] = field(default_factory=dict)
     measures: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -121,11 +122,12 @@ class Report:
             },
             "skipped": [vars(skip) for skip in self.skipped],
             "notes": list(self.notes),
+            "tables": self.tables,
             "target": self.target,
             "measures": self.measures,
         }
 
-    def tables(self) -> list[RenderableType]:
+    def page(self) -> list[RenderableType]:
         """The page that the command line prints."""
         passes = Table("pass", "effect", "sites", "seconds", "error", title=f"{self.model} → {self.backend}", title_justify="left")
         for r in self.trace:
@@ -137,7 +139,7 @@ class Report:
         sizes.add_row(f"compressed, {c.effective_bits:.3f} effective bits", f"{c.compressed / 1e6:.2f}", f"{c.share:.1%}")
         for reason, size in sorted(c.left.items(), key=lambda item: -item[1]):
             sizes.add_row(f"left: {reason}", f"{size / 1e6:.2f}", f"{size / max(c.total, 1):.1%}")
-        shown: list[RenderableType] = [passes, sizes]
+        shown: list[RenderableType] = [passes, sizes, *(_table(title, rows) for title, rows in self.tables.items() if rows)]
         if self.measures:
             columns = list(dict.fromkeys(key for values in self.measures.values() for key in values))
             measures = Table("text", *columns, title_justify="left")
@@ -149,6 +151,13 @@ class Report:
     def __str__(self) -> str:
         page = io.StringIO()
         console = Console(width=140, file=page, markup=False)
-        for part in self.tables():
+        for part in self.page():
             console.print(part)
         return page.getvalue()
+
+
+def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(*rows[0], title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values()))
+    return table

@@ -15,6 +15,7 @@ from passes.untie import Untie
 OPENED = (Canonicalize(), Untie(), FoldNorm(), CenterNorm())
 OFFLINE, ONLINE = RotateChannels(("R1", "R2")), RotateChannels(("R4",))
 MLP = ("mlp",)
+OFFLINE_ONLY: dict[str, tuple[Pass, ...]] = {"rotate": (*OPENED, OFFLINE), "none": (Canonicalize(),)}  # nothing is added to the graph
 
 # Before the annotations are made, and after. Smoothing comes before the rotation online that its channels go through.
 TRANSFORMS: dict[str, tuple[tuple[Pass, ...], tuple[Pass, ...]]] = {

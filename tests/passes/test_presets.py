@@ -8,14 +8,16 @@ from ir.capture import capture
 from ir.errors import OptionError
 from passes import presets, registry
 from passes.pipeline import Pipeline
-from passes.presets import PRESETS
 from passes.probe import relative_error
 from passes.transforms import TRANSFORMS
 from tests.families import FAMILIES, LAYERS, load
 from tests.passes.samples import compiled, tokens
 
 VARIANTS = [
-    *PRESETS,
+    *presets.ROUNDING,
+    *presets.TRANSFORMING,
+    "mixed(steps=5)",
+    "mixed(bytes=110_000, rounding='gptq')",
     "w8a8(dynamic=False)",
     "w8a8(dynamic=False, quantile=0.999)",
     "w8a8(rounding='gptq')",
@@ -37,7 +39,7 @@ def test_a_preset_is_a_pipeline_that_prints_as_one(text):
     assert str(pipeline).startswith("canonicalize, ")
 
 
-ROUNDING = [name for name in PRESETS if name.startswith("w")]
+ROUNDING = [*presets.ROUNDING, "mixed(steps=5)", "mixed(bits=3, rounding='gptq', transform='none')"]
 
 
 @pytest.mark.parametrize("name", ROUNDING)
@@ -46,26 +48,27 @@ def test_a_preset_covers_every_linear_but_the_head(name):
     weights = sum(module.weight.numel() for path, module in load("llama").model.named_modules() if path.endswith("_proj"))
     assert made.report().coverage.elements == weights
     assert {skip.path for skip in made.report().skipped} == {"lm_head", "model.embed_tokens"}
-    assert 0 < made.report().difference < (1 if name in {"w2a16", "w4a4", "w3a3"} else 0.5)
+    assert 0 < made.report().difference < (0.5 if name in {"w8a8", "w8a16", "w4a16", "w3a16", "w4a8"} else 1)
 
 
-@pytest.mark.parametrize("text", [text for text in VARIANTS if "(" in text and text.startswith("w")])
+@pytest.mark.parametrize("text", [text for text in VARIANTS if "(" in text and text.startswith(("w", "mixed"))])
 def test_options_of_presets_run(text):
     coverage = compiled("llama_tied", text).report().coverage
     assert coverage.elements > 0
     assert torch.isfinite(torch.tensor(compiled("llama_tied", text).report().difference))
 
 
-@pytest.mark.parametrize("text", [text for text in VARIANTS if not text.startswith("w")])
+@pytest.mark.parametrize("text", [text for text in VARIANTS if text.startswith(tuple(presets.TRANSFORMING))])
 def test_transforms_alone_keep_the_function(text):
     made = compiled("llama_tied", text)
     assert made.report().difference < 1e-5
     assert made.coverage == 0
 
 
-def test_an_unknown_transform_is_refused():
+@pytest.mark.parametrize("preset", [presets.w4a4, presets.mixed])
+def test_an_unknown_transform_is_refused(preset):
     with pytest.raises(OptionError, match="no transform 'fourier'"):
-        presets.w4a4(transform="fourier")
+        preset(transform="fourier")
 
 
 def test_ready_made_presets_are_spread_into_pipelines():

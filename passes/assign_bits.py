@@ -1,0 +1,218 @@
+"""`assign_bits`: choose the width of every weight by what its rounding costs the whole model, under one budget."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+from torch.fx import GraphModule, Node
+
+from ir import edit, knapsack
+from ir.encoding import Encoding, Int
+from ir.errors import CoverageError, DataError, OptionError
+from ir.knapsack import Choice, Option
+from ir.rounding import GPTQ, Nearest, Rounding
+from ir.sites import Layer
+from ir.weights import stored_bits, unrounded
+from passes import costs
+from passes.base import Context, Effect, Pass
+from passes.report import coverage
+
+LOSSES = ("model", "layer")
+ROUNDINGS: dict[str, Rounding] = {"gptq": GPTQ(sweeps=0), "nearest": Nearest(search=True)}
+Marks = tuple[Encoding, ...]  # one for each layer of a site
+
+
+@dataclass(frozen=True)
+class AssignBits(Pass):
+    """Give annotated weights the widths and groups with the least predicted loss that a budget allows.
+
+    Before::
+
+        %2 = aten.linear(%1, %q) {weight: u4[1,64]}; %9 = aten.linear(%8, %down) {weight: u4[1,64]}
+
+    After::
+
+        %2 = aten.linear(%1, %q) {weight: u2[1,64]}; %9 = aten.linear(%8, %down) {weight: u3[1,64]}
+
+    The loss of an option is predicted from one run: `½ Σ_n h_n (ΔW G ΔWᵀ)_nn` nats a token, with `G = E[xxᵀ]` of the layer's inputs, `h_n`
+    the mean squared gradient of the model's log likelihood at output `n` (the diagonal of its Fisher information), and `ΔW` what the
+    rounding really leaves. Options are chosen by an exact knapsack (HiGHS), whose bound is reported. Linears that read one tensor share
+    their encoding, since runtimes fuse them.
+
+    Limits: 1. widths of weights only, activations keep theirs; 2. whole linears: columns of one linear share a width; 3. interactions
+    between layers are not predicted.
+
+    Args:
+        bits: budget: bits per weight of the annotated linears, with scales and zero points.
+        bytes: budget: bytes of the model as it will be stored, with everything that is not quantized.
+        widths: of weights to choose among, 1 to 8.
+        groups: group sizes to choose among, -1 for whole channels; none: as annotated.
+        fused: linears that read one tensor share their encoding.
+        loss: "model", or "layer": the relative squared error of each layer's own output, which knows nothing of the others.
+        rounding: that predictions are made with, "gptq" or "nearest".
+        tokens: that gradients are taken from.
+        file: load predictions from this file if it exists, else write them there: another budget is then chosen in seconds.
+        seed: of what is drawn.
+
+    Raises:
+        OptionError: no budget or two, a width that there is not, a budget that nothing fits into; the remedy names the nearest that works.
+        CoverageError: the backend has no form for any of the options.
+        DataError: no calibration data, or a file that does not fit.
+    """
+
+    bits: float = 0.0
+    bytes: int = 0
+    widths: tuple[int, ...] = (2, 3, 4, 8)
+    groups: tuple[int, ...] = ()
+    fused: bool = True
+    loss: str = "model"
+    rounding: str = "gptq"
+    tokens: int = 8192
+    file: str = ""
+    seed: int = 0
+    effect: ClassVar[Effect] = Effect.ANNOTATE
+
+    def __post_init__(self) -> None:
+        for name in ("widths", "groups"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if (self.bits > 0) == (self.bytes > 0):
+            raise OptionError("one budget is needed, and only one", where="assign_bits", remedy="give bits=2.25, or bytes=10_000_000")
+        if not self.widths or any(type(width) is not int or not 1 <= width <= 8 for width in self.widths):
+            raise OptionError(f"widths are whole numbers from 1 to 8, not {list(self.widths)}", where="assign_bits(widths=...)")
+        if any(type(group) is not int or (group < 1 and group != -1) for group in self.groups):
+            raise OptionError(f"groups have at least one weight, or are -1, not {list(self.groups)}", where="assign_bits(groups=...)")
+        for given, known in ((self.loss, LOSSES), (self.rounding, tuple(ROUNDINGS))):
+            if given not in known:
+                raise OptionError(f"{given!r} is not one of {list(known)}", where="assign_bits")
+
+    def needs(self, ctx: Context) -> None:
+        """Calibration data, or a file of costs."""
+        if not ctx.calibration and not (self.file and Path(self.file).exists()):
+            raise DataError("assign_bits needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
+
+    def requires(self, gm: GraphModule, ctx: Context) -> None:
+        """Annotated linears, options that the backend has, and a budget that something fits into."""
+        sites = self._sites(gm)
+        if not sites:
+            raise OptionError("assign_bits needs annotated linears", remedy="put annotate before assign_bits")
+        least = sum(min(_size(site, marks) for marks in self._options(ctx, site)) for site in sites)
+        if least > self._budget(gm):
+            nearest = f"bits={-(-1000 * least // _elements(sites)) / 1000}" if self.bits else f"bytes={-(-least // 8) + _rest(gm)}"
+            raise OptionError(f"no choice of widths fits into {self}", remedy=f"the least budget is {nearest}, or give smaller widths")
+
+    def run(self, gm: GraphModule, ctx: Context) -> int:
+        """Predict, choose, annotate; returns the number of linears whose encoding changes."""
+        sites = self._sites(gm)
+        options = [self._options(ctx, site) for site in sites]
+        found = self._costs(gm, ctx, sites, options)
+
+        def priced(site: Sequence[Layer], marks: Marks) -> Option:
+            return Option(sum(found[layer.path, str(mark)] for layer, mark in zip(site, marks, strict=True)), _size(site, marks))
+
+        table = [[priced(site, marks) for marks in choices] for site, choices in zip(sites, options, strict=True)]
+        choice = knapsack.solve(table, self._budget(gm))
+        taken = [own[pick] for own, pick in zip(options, choice.picks, strict=True)]
+        chosen = [pair for site, marks in zip(sites, taken, strict=True) for pair in zip(site, marks, strict=True)]
+        changed = sum(layer.site("weight").encoding != mark for layer, mark in chosen)
+        for layer, mark in chosen:
+            layer.site("weight").annotate(mark)
+        self._say(ctx, choice, chosen, found)
+        return changed
+
+    def _sites(self, gm: GraphModule) -> list[list[Layer]]:
+        """The annotated linears that share a choice, in graph order."""
+        found: dict[Node, list[Layer]] = {}
+        for layer in unrounded(gm):
+            if layer.kind == "Linear":
+                found.setdefault(layer.site("input").operand if self.fused else layer.node, []).append(layer)
+        return list(found.values())
+
+    def _options(self, ctx: Context, site: Sequence[Layer]) -> list[Marks]:
+        """What a site may become on this backend, each width with each group."""
+        made: dict[Marks, None] = {}
+        reasons = set()
+        for width in self.widths:
+            for group in self.groups or (None,):
+                marks = tuple(_marked(layer, width, group) for layer in site)
+                reason = next(filter(None, (_refusal(ctx, layer, mark) for layer, mark in zip(site, marks, strict=True))), None)
+                if reason is None:
+                    made[marks] = None
+                else:
+                    reasons.add(reason)
+        if not made:
+            raise CoverageError("no width is left to choose from", where=site[0].path, remedy="; ".join(sorted(reasons)))
+        return list(made)
+
+    def _budget(self, gm: GraphModule) -> int:
+        """In bits of codes, scales and zero points."""
+        return int(self.bits * _elements(self._sites(gm)) + 1e-6) if self.bits else 8 * (self.bytes - _rest(gm))
+
+    def _costs(self, gm: GraphModule, ctx: Context, sites: Sequence[Sequence[Layer]], options: Sequence[Sequence[Marks]]) -> costs.Costs:
+        """Predicted, or read from a file."""
+        wanted = {
+            layer: [marks[place] for marks in own] for site, own in zip(sites, options, strict=True) for place, layer in enumerate(site)
+        }
+        if self.file and Path(self.file).exists():
+            found = costs.load(Path(self.file))
+            missing = [
+                f"{layer.path} as {mark}" for layer, marks in wanted.items() for mark in marks if (layer.path, str(mark)) not in found
+            ]
+            if missing:
+                raise DataError(f"the costs lack {missing[0]}", where=self.file, remedy="remove the file to predict anew")
+            return found
+        rounding = ROUNDINGS[self.rounding]
+        found = (
+            costs.model_costs(gm, ctx, wanted, rounding, self.tokens, self.seed)
+            if self.loss == "model"
+            else costs.layer_costs(gm, ctx, wanted, rounding)
+        )
+        if self.file:
+            costs.save(found, Path(self.file))
+        return found
+
+    def _say(self, ctx: Context, choice: Choice, chosen: Sequence[tuple[Layer, Encoding]], found: costs.Costs) -> None:
+        """What was chosen, in the report."""
+        elements = Counter[str]()
+        for layer, mark in chosen:
+            elements[str(mark)] += edit.value(layer.weight).numel()
+        total = sum(elements.values())
+        unit = "nats a token" if self.loss == "model" else "relative errors"
+        spent = f"{choice.size / total:.3f} bits a weight, {choice.cost:.4g} {unit} predicted"
+        ctx.notes.append(f"assign_bits: {spent}, no choice below {choice.bound:.4g}")
+        ctx.notes.append("assign_bits: " + ", ".join(f"{mark} {count / total:.1%}" for mark, count in sorted(elements.items())))
+        ctx.tables["widths"] = [
+            {"layer": layer.path, "encoding": str(mark), "weights": edit.value(layer.weight).numel(), unit: found[layer.path, str(mark)]}
+            for layer, mark in chosen
+        ]
+
+
+def _marked(layer: Layer, width: int, group: int | None) -> Encoding:
+    """The layer's encoding with another width, and another group."""
+    encoding = layer.site("weight").encoding
+    assert encoding is not None
+    block = encoding.block if group is None else (1, group)
+    return replace(encoding, format=Int(width), block=block, symmetric=encoding.symmetric or width == 1)
+
+
+def _refusal(ctx: Context, layer: Layer, mark: Encoding) -> str | None:
+    if ctx.backend is None:
+        return None
+    given = layer.site("input").encoding
+    marks = {"weight": mark} if given is None else {"input": given, "weight": mark}
+    return ctx.backend.supports(layer.kind, marks, tuple(edit.value(layer.weight).shape))
+
+
+def _size(site: Sequence[Layer], marks: Marks) -> int:
+    return sum(stored_bits(tuple(edit.value(layer.weight).shape), mark) for layer, mark in zip(site, marks, strict=True))
+
+
+def _elements(sites: Sequence[Sequence[Layer]]) -> int:
+    return sum(int(edit.value(layer.weight).numel()) for site in sites for layer in site)
+
+
+def _rest(gm: GraphModule) -> int:
+    """Bytes of all that the pass does not choose for."""
+    chosen = {layer.weight: edit.attribute(gm, layer.weight).nbytes for layer in unrounded(gm) if layer.kind == "Linear"}
+    return coverage(gm, ()).stored - sum(chosen.values())

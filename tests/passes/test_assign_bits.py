@@ -1,0 +1,114 @@
+import pytest
+
+from ir.errors import CoverageError, DataError, OptionError
+from ir.sites import layers
+from ir.weights import stored_bits
+from passes.assign_bits import AssignBits
+from passes.report import coverage
+from tests.families import load
+from tests.passes.samples import CALIBRATION, context, run
+
+MARKED = "canonicalize, untie, annotate(scheme='W4A16', group=32, symmetric=False)"
+
+
+def assigned(text, backend=None):
+    gm = load("llama").graph()
+    ctx = context(gm, CALIBRATION)
+    run(gm, MARKED, ctx=ctx)
+    ctx.backend = backend
+    run(gm, text, ctx=ctx)
+    return gm, ctx
+
+
+def counted(gm):
+    """Bits and weights of the annotated linears."""
+    marked = [layer for layer in layers(gm) if layer.site("weight").encoding]
+    shapes = [tuple(layer.weight.meta["val"].shape) for layer in marked]
+    used = sum(stored_bits(shape, layer.site("weight").encoding) for shape, layer in zip(shapes, marked, strict=True))
+    return used, sum(rows * columns for rows, columns in shapes)
+
+
+@pytest.mark.parametrize("bits", [2.6, 3.3, 4.6, 6.0])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_budget_is_met_from_below(bits, fused):
+    gm, ctx = assigned(f"assign_bits(bits={bits}, groups=(16, 32, -1), fused={fused})")
+    used, weights = counted(gm)
+    assert 0.97 * bits <= used / weights <= bits
+    assert any(f"{used / weights:.3f} bits a weight" in note for note in ctx.notes)
+    assert len(ctx.tables["widths"]) == 14
+
+
+def test_what_reads_one_tensor_shares_its_encoding():
+    gm, _ = assigned("assign_bits(bits=3.4)")
+    by_path = {layer.path: str(layer.site("weight").encoding) for layer in layers(gm)}
+    for index in range(2):
+        attention, mlp = (f"model.layers.{index}.{part}." for part in ("self_attn", "mlp"))
+        assert len({by_path[f"{attention}{name}_proj"] for name in "qkv"}) == 1
+        assert by_path[f"{mlp}gate_proj"] == by_path[f"{mlp}up_proj"]
+
+
+def test_all_the_budget_there_is_buys_the_greatest_width():
+    gm, _ = assigned("assign_bits(bits=9.0, widths=(2, 8))")
+    assert {layer.site("weight").encoding.bits for layer in layers(gm) if layer.site("weight").encoding} == {8}
+
+
+def test_bytes_are_those_of_the_whole_model():
+    gm, _ = assigned("assign_bits(bytes=100_000)")
+    _, ctx = run(gm, "round_weights(method='nearest')", CALIBRATION)
+    assert 95_000 <= coverage(gm, ctx.skipped).stored <= 100_000
+
+
+def test_a_budget_that_is_too_small_names_the_least_that_works():
+    with pytest.raises(OptionError, match="no choice") as error:
+        assigned("assign_bits(bits=2.0)")
+    least = float(error.value.remedy.split("bits=")[1].split(",")[0])
+    assigned(f"assign_bits(bits={least}, rounding='nearest')")
+    with pytest.raises(OptionError, match="no choice") as error:
+        assigned("assign_bits(bytes=1000)")
+    assert "bytes=" in error.value.remedy
+
+
+def test_costs_are_kept_for_another_budget(tmp_path):
+    file = tmp_path / "costs.json"
+    first, _ = assigned(f"assign_bits(bits=3.0, file={str(file)!r})")
+    again = load("llama").graph()
+    run(again, f"{MARKED}, assign_bits(bits=3.0, file={str(file)!r})")  # without calibration data
+    assert [str(a.site("weight").encoding) for a in layers(first)] == [str(b.site("weight").encoding) for b in layers(again)]
+    with pytest.raises(DataError, match="lack"):
+        run(load("llama").graph(), f"{MARKED}, assign_bits(bits=6.0, widths=(5, 6), file={str(file)!r})")
+    file.write_text("[]")
+    with pytest.raises(DataError, match="table of costs"):
+        run(load("llama").graph(), f"{MARKED}, assign_bits(bits=3.0, file={str(file)!r})")
+
+
+def test_the_backend_is_asked_before():
+    class Narrow:
+        name = "narrow"
+
+        def supports(self, kind, encodings, shape):
+            return None if encodings["weight"].bits == 4 else "four bits only"
+
+    gm, _ = assigned("assign_bits(bits=8.0)", backend=Narrow())
+    assert {layer.site("weight").encoding.bits for layer in layers(gm) if layer.site("weight").encoding} == {4}
+    with pytest.raises(CoverageError, match="no width"):
+        assigned("assign_bits(bits=8.0, widths=(2, 8))", backend=Narrow())
+
+
+BAD = [
+    {},
+    {"bits": 2, "bytes": 5},
+    *({"bits": 2, **wrong} for wrong in ({"widths": ()}, {"widths": (9,)}, {"groups": (0,)}, {"loss": "l2"})),
+]
+
+
+@pytest.mark.parametrize("options", BAD)
+def test_bad_options_are_refused(options):
+    with pytest.raises(OptionError):
+        AssignBits(**options)
+
+
+def test_it_needs_annotations_and_data():
+    with pytest.raises(OptionError, match="annotate"):
+        run(load("llama").graph(), "canonicalize, assign_bits(bits=3.0)", CALIBRATION)
+    with pytest.raises(DataError, match="calibration"):
+        run(load("llama").graph(), f"{MARKED}, assign_bits(bits=3.0)")

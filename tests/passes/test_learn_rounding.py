@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from ir import evaluate
+from ir.errors import DataError, OptionError
+from ir.sites import layers, quantized
+from passes.learn_rounding import LearnRounding
+from passes.measure import divergence
+from tests.families import load
+from tests.passes.samples import CALIBRATION, run, tokens
+
+W2 = "canonicalize, untie, annotate(scheme='W2A16', group=32, symmetric=False)"
+
+
+def logits(gm):
+    def call(input_ids):
+        given = gm.meta["signature"].bind(input_ids=input_ids)
+        return type("Output", (), {"logits": evaluate.run(gm, given)[0]})
+
+    return call
+
+
+def loss(family, pipeline, batches, **options):
+    gm, exact = load(family, **options).graph(), load(family, **options).captured
+    run(gm, pipeline, batches)
+    return sum(divergence(logits(gm), logits(exact), batch["input_ids"]) for batch in batches)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_learned_codes_beat_the_nearest(family):
+    batches = [{"input_ids": tokens(seed=seed)} for seed in range(4)]
+    nearest = loss(family, f"{W2}, round_weights(method='nearest')", batches)
+    assert loss(family, f"{W2}, learn_rounding(steps=30, rate=0.03)", batches) < 0.8 * nearest
+
+
+def test_codes_are_neighbours_of_the_weights():
+    gm = load("llama").graph()
+    run(gm, "canonicalize, untie, annotate(scheme='W4A16', group=32)")
+    before = {layer.path: gm.get_parameter(str(layer.weight.target)).clone() for layer in layers(gm) if layer.site("weight").encoding}
+    run(gm, "learn_rounding(steps=5, rate=0.2, scale_rate=0.0)", CALIBRATION)
+    for node, encoding, codes, _ in quantized(gm):
+        scale = gm.get_parameter(str(node.args[1].target)).float()
+        weight = before[str(node.args[0].target).removesuffix(".weight_codes")].float()
+        exact = weight / scale.repeat_interleave(32, 1)
+        inside = (exact > -8) & (exact < 7)
+        assert ((codes - exact).abs()[inside] <= 1.01).all()
+        assert encoding.bits == 4
+
+
+def test_annotated_inputs_are_rounded_while_learning():
+    gm = load("llama").graph()
+    records, _ = run(gm, "canonicalize, untie, annotate(scheme='W4A4'), learn_rounding(steps=3), quantize", CALIBRATION)
+    assert records[-2].sites == 14
+
+
+def test_half_precision_and_embeddings():
+    gm = load("llama", torch.bfloat16).graph()
+    records, _ = run(gm, "canonicalize, untie, annotate(scheme='W4A16', group=32, embeddings=True), learn_rounding(steps=2)", CALIBRATION)
+    assert records[-1].sites == 14 + 1
+
+
+def test_the_same_seed_learns_the_same():
+    first, second = (load("llama").graph() for _ in range(2))
+    for gm in (first, second):
+        run(gm, f"{W2}, learn_rounding(steps=3, seed=4)", CALIBRATION)
+    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_it_refuses_what_it_cannot_do():
+    with pytest.raises(DataError, match="calibration"):
+        run(load("llama").graph(), f"{W2}, learn_rounding")
+    with pytest.raises(OptionError, match="one bit"):
+        run(load("llama").graph(), "canonicalize, untie, annotate(scheme='W1A16'), learn_rounding", CALIBRATION)
+    with pytest.raises(OptionError):
+        LearnRounding(steps=0)

@@ -46,7 +46,7 @@ class AssignBits(Pass):
 
     Args:
         bits: budget: bits per weight of the annotated linears, with scales and zero points.
-        bytes: budget: bytes of the model as it will be stored, with everything that is not quantized.
+        bytes: budget in place of `bits`: bytes of the model as it will be stored, with everything that is not quantized.
         widths: of weights to choose among, 1 to 8.
         groups: group sizes to choose among, -1 for whole channels; none: as annotated.
         fused: linears that read one tensor share their encoding.
@@ -57,12 +57,12 @@ class AssignBits(Pass):
         seed: of what is drawn.
 
     Raises:
-        OptionError: no budget or two, a width that there is not, a budget that nothing fits into; the remedy names the nearest that works.
+        OptionError: a width that there is not, a budget that nothing fits into; the remedy names the nearest that works.
         CoverageError: the backend has no form for any of the options.
         DataError: no calibration data, or a file that does not fit.
     """
 
-    bits: float = 0.0
+    bits: float = 2.25
     bytes: int = 0
     widths: tuple[int, ...] = (2, 3, 4, 8)
     groups: tuple[int, ...] = ()
@@ -77,8 +77,8 @@ class AssignBits(Pass):
     def __post_init__(self) -> None:
         for name in ("widths", "groups"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if (self.bits > 0) == (self.bytes > 0):
-            raise OptionError("one budget is needed, and only one", where="assign_bits", remedy="give bits=2.25, or bytes=10_000_000")
+        if not self.bits > 0 or self.bytes < 0:
+            raise OptionError("a budget is positive", where="assign_bits", remedy="give bits=2.25, or bytes=10_000_000")
         if not self.widths or any(type(width) is not int or not 1 <= width <= 8 for width in self.widths):
             raise OptionError(f"widths are whole numbers from 1 to 8, not {list(self.widths)}", where="assign_bits(widths=...)")
         if any(type(group) is not int or (group < 1 and group != -1) for group in self.groups):
@@ -99,7 +99,7 @@ class AssignBits(Pass):
             raise OptionError("assign_bits needs annotated linears", remedy="put annotate before assign_bits")
         least = sum(min(_size(site, marks) for marks in self._options(ctx, site)) for site in sites)
         if least > self._budget(gm):
-            nearest = f"bits={-(-1000 * least // _elements(sites)) / 1000}" if self.bits else f"bytes={-(-least // 8) + _rest(gm)}"
+            nearest = f"bytes={-(-least // 8) + _rest(gm)}" if self.bytes else f"bits={-(-1000 * least // _elements(sites)) / 1000}"
             raise OptionError(f"no choice of widths fits into {self}", remedy=f"the least budget is {nearest}, or give smaller widths")
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
@@ -147,7 +147,7 @@ class AssignBits(Pass):
 
     def _budget(self, gm: GraphModule) -> int:
         """In bits of codes, scales and zero points."""
-        return int(self.bits * _elements(self._sites(gm)) + 1e-6) if self.bits else 8 * (self.bytes - _rest(gm))
+        return 8 * (self.bytes - _rest(gm)) if self.bytes else int(self.bits * _elements(self._sites(gm)) + 1e-6)
 
     def _costs(self, gm: GraphModule, ctx: Context, sites: Sequence[Sequence[Layer]], options: Sequence[Sequence[Marks]]) -> costs.Costs:
         """Predicted, or read from a file."""

@@ -93,7 +93,7 @@ def both(
 
 def mixed(
     *,
-    bits: float = 0.0,
+    bits: float = AssignBits.bits,
     bytes: int = 0,
     widths: Sequence[int] = (2, 3, 4, 8),
     groups: Sequence[int] = (64, -1),
@@ -108,8 +108,8 @@ def mixed(
     """Weights in several widths under one budget, activations in floating point.
 
     Args:
-        bits: budget: bits per weight, scales and zero points counted; 2.25 if no budget is given.
-        bytes: budget: bytes of the whole model as it is stored.
+        bits: budget: bits per weight, scales and zero points counted.
+        bytes: budget in place of `bits`: bytes of the whole model as it is stored.
         widths: to choose among.
         groups: sizes to choose among of groups that share a scale; -1 for one scale per output channel.
         transform: "rotate" (the residual stream and the values, folded into the weights) or "none".
@@ -123,8 +123,7 @@ def mixed(
     if transform not in OFFLINE_ONLY:
         raise OptionError(f"there is no transform {transform!r}", where="mixed(transform=...)", remedy=f"there are {list(OFFLINE_ONLY)}")
     marks = Annotate("W4A16", group=64, symmetric=False, ignore=cast("tuple[str, ...]", ignore), head=head)
-    budget = bits if bits or bytes else 2.25
-    assigned = AssignBits(budget, bytes, cast("tuple[int, ...]", widths), cast("tuple[int, ...]", groups), file=file)
+    assigned = AssignBits(bits, bytes, cast("tuple[int, ...]", widths), cast("tuple[int, ...]", groups), file=file)
     rounded = (
         LearnRounding(steps) if rounding == "learned" else RoundWeights(rounding, propagation=PROPAGATION if rounding == "gptq" else 0.0)
     )

@@ -95,8 +95,8 @@ def test_the_backend_is_asked_before():
 
 
 BAD = [
-    {},
-    {"bits": 2, "bytes": 5},
+    {"bits": 0.0},
+    {"bytes": -5},
     *({"bits": 2, **wrong} for wrong in ({"widths": ()}, {"widths": (9,)}, {"groups": (0,)}, {"loss": "l2"})),
 ]
 

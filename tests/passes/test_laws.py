@@ -30,7 +30,9 @@ BEFORE = {
     "clip_activations": "untie, annotate(scheme='W4A4')",
     "smooth_channels": "untie, fold_norm",
     "rotate_channels": "untie, fold_norm, center_norm",
+    "assign_bits": "untie, annotate(scheme='W4A16', group=32)",
     "round_weights": "untie, annotate(scheme='W4A16', group=32)",
+    "learn_rounding": "untie, annotate(scheme='W2A16', group=32, symmetric=False)",
     "quantize": "untie, annotate",
 }
 # Options to test beside the defaults, with what has to run before where that differs.
@@ -50,7 +52,11 @@ OPTIONS = [
     ("rotate_channels(where=('R1', 'R2', 'R3', 'R4'), kind='orthogonal', block=16, seed=1)", "untie, fold_norm, center_norm"),
 ]
 MAPS = {"smooth_channels", "rotate_channels", "balance_channels", "learn"}  # they compose; the others find nothing the second time
-SHORT = {"learn": "learn(steps=3, rows=1)"}  # instead of the defaults, to be quick
+SHORT = {
+    "learn": "learn(steps=3, rows=1)",
+    "assign_bits": "assign_bits(bits=3.1)",
+    "learn_rounding": "learn_rounding(steps=3)",
+}  # instead of the defaults, to be quick
 CASES = [(SHORT.get(name, name), BEFORE.get(name, "")) for name in registry.passes()] + OPTIONS
 
 

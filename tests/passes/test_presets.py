@@ -16,7 +16,7 @@ from tests.passes.samples import compiled, tokens
 VARIANTS = [
     *presets.ROUNDING,
     *presets.TRANSFORMING,
-    "mixed(steps=5)",
+    "mixed(bits=2.5, steps=5)",
     "mixed(bytes=110_000, rounding='gptq')",
     "w8a8(dynamic=False)",
     "w8a8(dynamic=False, quantile=0.999)",
@@ -39,7 +39,7 @@ def test_a_preset_is_a_pipeline_that_prints_as_one(text):
     assert str(pipeline).startswith("canonicalize, ")
 
 
-ROUNDING = [*presets.ROUNDING, "mixed(steps=5)", "mixed(bits=3, rounding='gptq', transform='none')"]
+ROUNDING = [*presets.ROUNDING, "mixed(bits=2.5, steps=5)", "mixed(bits=3, rounding='gptq', transform='none')"]
 
 
 @pytest.mark.parametrize("name", ROUNDING)

@@ -28,6 +28,11 @@ def test_rotations_are_exact(family):
     assert errors(family, text).amax() < 1e-5
 
 
+@pytest.mark.parametrize("pipeline", ["mixed(bits=3.6, groups=(16, 32), steps=3)", "mixed(bits=2.6, rounding='gptq')"])
+def test_mixed_widths_are_exact(pipeline):
+    assert errors("llama", pipeline).amax() < 1e-5
+
+
 @pytest.mark.parametrize("pipeline", ["w4a4", "w8a8(transform='smoothrot', cache=8)"])
 def test_quantized_transforms_follow_the_oracle(pipeline):
     # A difference of 1e-7 can move a value to the next code: then a row differs by more.

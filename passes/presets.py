@@ -18,6 +18,7 @@ from passes.quantize import Quantize
 from passes.quantize_cache import FLOAT, QuantizeCache
 from passes.rotate_channels import RotateChannels
 from passes.round_weights import RoundWeights
+from passes.sample_text import SampleText
 from passes.smooth_channels import PLACES, SmoothChannels
 from passes.transforms import MLP, OFFLINE_ONLY, OPENED, transformed
 
@@ -100,6 +101,7 @@ def mixed(
     transform: str = "rotate",
     rounding: str = "learned",
     steps: int = LearnRounding.steps,
+    own_text: bool = True,
     file: str = "",
     ignore: Sequence[str] = (),
     head: bool = False,
@@ -115,6 +117,7 @@ def mixed(
         transform: "rotate" (the residual stream and the values, folded into the weights) or "none".
         rounding: "learned" on the model's own divergence, "gptq" or "nearest".
         steps: of the learned rounding.
+        own_text: the model writes as much text as it is calibrated on, and is calibrated on both.
         file: of predicted losses, as of `assign_bits`.
         ignore: layers to leave out.
         head: quantize output heads too.
@@ -127,7 +130,8 @@ def mixed(
     rounded = (
         LearnRounding(steps) if rounding == "learned" else RoundWeights(rounding, propagation=PROPAGATION if rounding == "gptq" else 0.0)
     )
-    return Pipeline((*OFFLINE_ONLY[transform], marks, assigned, rounded, *_cached(cache)))
+    written = (SampleText(),) if own_text else ()
+    return Pipeline((*OFFLINE_ONLY[transform], *written, marks, assigned, rounded, *_cached(cache)))
 
 
 def rotate(*, where: Sequence[str] = ("R1", "R2", "R4"), kind: str = "hadamard", block: int = -1, seed: int = 0) -> Pipeline:

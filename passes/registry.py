@@ -25,6 +25,7 @@ MODULES = (
     "rotate_channels",
     "balance_channels",
     "learn",
+    "sample_text",
     "observe",
     "annotate",
     "assign_bits",

@@ -53,6 +53,7 @@ OPTIONS = [
 ]
 MAPS = {"smooth_channels", "rotate_channels", "balance_channels", "learn"}  # they compose; the others find nothing the second time
 SHORT = {
+    "sample_text": "sample_text(windows=3, length=5)",
     "learn": "learn(steps=3, rows=1)",
     "assign_bits": "assign_bits(bits=3.1)",
     "learn_rounding": "learn_rounding(steps=3)",

@@ -73,7 +73,7 @@ class SampleText(Pass):
         parts = [min(TOGETHER, count - start) for start in range(0, count, TOGETHER)]
         steps = ctx.track([(part, at) for part in parts for at in range(length - 1)], "sample text")
         written = torch.cat([self._write(gm, rows, length, generator, steps) for rows in parts])
-        own = [signature.bind(input_ids=ids) for ids in written.split(size)]
+        own = [signature.bind(input_ids=ids) for ids in torch.split(written, size)]
         ctx.calibration = _between(given, own)
         ctx.notes.append(f"sample_text: {count} windows of {length} tokens written by the model are part of the calibration data")
         return count

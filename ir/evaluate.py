@@ -37,6 +37,12 @@ def ancestors(nodes: Iterable[Node], stop: Container[Node] = ()) -> set[Node]:
     return found
 
 
+def calls_for(gm: GraphModule, wanted: Iterable[Node]) -> list[Node]:
+    """The calls that the values of `wanted` need, in order."""
+    needed = ancestors(wanted)
+    return [node for node in gm.graph.nodes if node.op == "call_function" and node in needed]
+
+
 def evaluate(
     gm: GraphModule,
     nodes: Sequence[Node],

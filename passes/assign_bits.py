@@ -149,13 +149,18 @@ class AssignBits(Pass):
         """In bits of codes, scales and zero points."""
         return 8 * (self.bytes - _rest(gm)) if self.bytes else int(self.bits * _elements(self._sites(gm)) + 1e-6)
 
+    @property
+    def _made(self) -> dict[str, str | int]:
+        """The options that predictions depend on."""
+        return {"loss": self.loss, "rounding": self.rounding, "tokens": self.tokens, "seed": self.seed}
+
     def _costs(self, gm: GraphModule, ctx: Context, sites: Sequence[Sequence[Layer]], options: Sequence[Sequence[Marks]]) -> costs.Costs:
         """Predicted, or read from a file."""
         wanted = {
             layer: [marks[place] for marks in own] for site, own in zip(sites, options, strict=True) for place, layer in enumerate(site)
         }
         if self.file and Path(self.file).exists():
-            found = costs.load(Path(self.file))
+            found = costs.load(Path(self.file), self._made)
             missing = [
                 f"{layer.path} as {mark}" for layer, marks in wanted.items() for mark in marks if (layer.path, str(mark)) not in found
             ]
@@ -169,7 +174,7 @@ class AssignBits(Pass):
             else costs.layer_costs(gm, ctx, wanted, rounding)
         )
         if self.file:
-            costs.save(found, Path(self.file))
+            costs.save(found, self._made, Path(self.file))
         return found
 
     def _say(self, ctx: Context, choice: Choice, chosen: Sequence[tuple[Layer, Encoding]], found: costs.Costs) -> None:

@@ -1,6 +1,6 @@
 """Calibration data: whatever a caller has, as a list of flat inputs that fit the graph."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,12 @@ def flat_batches(gm: GraphModule, calibration: Iterable[Any] | None) -> list[lis
     if not batches:
         raise DataError("calibration is empty", remedy="give at least one batch; texts shorter than one window yield none")
     return batches
+
+
+def tokens_in(batch: Sequence[Tensor]) -> int:
+    """Tokens in a flat batch, by its first input: ids `[batch, length]`, or vectors along the last axis."""
+    shape = batch[0].shape
+    return int((shape[:-1] if batch[0].is_floating_point() else shape[:2]).numel())
 
 
 def _flat(signature: Signature, batch: Any) -> list[Tensor]:

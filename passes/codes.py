@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ir import edit, numerics
-from ir.errors import OptionError
 from ir.numerics import QParams
 from ir.rounding import SCALE_DTYPE, search_qparams
 from ir.sites import Layer
@@ -28,8 +27,6 @@ class Codes:
     def __init__(self, gm: GraphModule, layer: Layer, importance: Tensor) -> None:
         encoding = layer.site("weight").encoding
         assert encoding is not None
-        if encoding.bits == 1:
-            raise OptionError("one bit has no neighbouring codes to learn", where=layer.path, remedy="use round_weights")
         self.gm, self.layer, self.encoding = gm, layer, encoding
         W = self._stored()
         found = search_qparams(W, encoding, importance)
@@ -41,13 +38,17 @@ class Codes:
     def _stored(self) -> Tensor:
         return edit.attribute(self.gm, self.layer.weight).detach().float()
 
-    def _levels(self) -> tuple[Tensor, Tensor]:
+    def levels(self) -> tuple[Tensor, Tensor]:
         """`q − z`, and where a step of `v` can change it."""
         W = self._stored()
         z = 0.0 if self.first.zero_point is None else self._spread(self.first.zero_point.float())
         least, greatest = numerics.code_range(self.encoding)
         q = (W / self._spread(self.first.scale) + z + self.offset).round_()
         return q.clamp(least, greatest) - z, (q >= least) & (q <= greatest)
+
+    def values(self, levels: Tensor) -> Tensor:
+        """The weight that levels stand for, float32 `[N, K]`."""
+        return levels * self._spread(self.scale)
 
     def _spread(self, values: Tensor) -> Tensor:
         return numerics.expand(values, self.encoding, tuple(self.offset.shape))
@@ -74,7 +75,7 @@ class Codes:
 
     def result(self) -> tuple[Tensor, QParams]:
         """Codes and parameters as they are stored."""
-        levels, _ = self._levels()
+        levels, _ = self.levels()
         z = self.first.zero_point
         codes = levels if z is None else levels + self._spread(z.float())
         return codes.to(numerics.storage_dtype(self.encoding)), QParams(self.scale.clamp_max(65504.0).to(SCALE_DTYPE), z)
@@ -87,13 +88,13 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, log_scale: Tensor, bias: Tensor | None, codes: Codes) -> Tensor:
         ctx.save_for_backward(x)
         ctx.codes = codes
-        levels, _ = codes._levels()
-        return torch.nn.functional.linear(x, (levels * codes._spread(codes.scale)).to(x.dtype), bias)
+        levels, _ = codes.levels()
+        return torch.nn.functional.linear(x, codes.values(levels).to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (x,), (g,), codes = ctx.saved_tensors, gradients, ctx.codes
-        levels, free = codes._levels()
-        of_x = g @ (levels * codes._spread(codes.scale)).to(g.dtype)
+        levels, free = codes.levels()
+        of_x = g @ codes.values(levels).to(g.dtype)
         of_weight = g.flatten(0, -2).float().mT @ x.flatten(0, -2).float()
         return of_x, codes.learn(of_weight, levels, free), None, None

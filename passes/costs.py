@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,24 +64,27 @@ def _squares(W: Tensor, gram: Tensor) -> Tensor:
     return ((W @ gram) * W).sum(1).clamp_min(0)
 
 
-def save(costs: Costs, path: Path) -> None:
-    """Write a table of costs, under a temporary name first."""
+def save(costs: Costs, made: Mapping[str, Any], path: Path) -> None:
+    """Write a table of costs, and how it was made, under a temporary name first."""
     rows = [[layer, encoding, cost] for (layer, encoding), cost in costs.items()]
     draft = path.with_name(path.name + ".writing")
-    draft.write_text(json.dumps({"format": FORMAT, "costs": rows}, indent=0), encoding="utf-8")
+    draft.write_text(json.dumps({"format": FORMAT, "made": dict(made), "costs": rows}, indent=0), encoding="utf-8")
     draft.replace(path)
 
 
-def load(path: Path) -> Costs:
+def load(path: Path, made: Mapping[str, Any]) -> Costs:
     """Read a table of costs.
 
     Raises:
-        DataError: the file is none.
+        DataError: the file is none, or was made in another way.
     """
+    remedy = "remove the file to predict anew"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] != FORMAT:
-            raise ValueError(data["format"])
-        return {(str(layer), str(encoding)): float(cost) for layer, encoding, cost in data["costs"]}
+        found = {(str(layer), str(encoding)): float(cost) for layer, encoding, cost in data["costs"]}
+        known = data["format"] == FORMAT
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError("this is no table of costs", where=str(path), remedy="remove the file to predict anew") from error
+        raise DataError("this is no table of costs", where=str(path), remedy=remedy) from error
+    if not known or data.get("made") != dict(made):
+        raise DataError(f"these costs were made with {data.get('made')}, not {dict(made)}", where=str(path), remedy=remedy)
+    return found

@@ -12,13 +12,13 @@ from ir.signature import Signature
 
 
 def own_outputs(gm: GraphModule) -> dict[Node, str]:
-    """The floating-point outputs that are the model's own, no cache, and their names."""
+    """The floating-point outputs that the model computes and that are its own, no cache, and their names."""
     signature: Signature | None = gm.meta.get("signature")
     nodes: tuple[Node, ...] = gm.graph.output_node().args[0]  # type: ignore[assignment]
+    computed = [node.op == "call_function" and edit.value(node).is_floating_point() for node in nodes]
     if signature is None:
-        return {node: "" for node in nodes if edit.value(node).is_floating_point()}
-    found = zip(nodes, signature.outputs, strict=True)
-    return {node: port.name for node, port in found if not port.cached and edit.value(node).is_floating_point()}
+        return {node: "" for node, own in zip(nodes, computed, strict=True) if own}
+    return {node: port.name for node, port, own in zip(nodes, signature.outputs, computed, strict=True) if own and not port.cached}
 
 
 def of_outputs(found: Mapping[Node, Any], exact: Mapping[Node, Any], outputs: Mapping[Node, str]) -> Tensor:

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 
 from ir import edit, evaluate
 from passes.base import Context
+from passes.calibration import tokens_in
 from passes.descent import some_rows
 from passes.divergence import own_outputs
 
@@ -26,9 +27,8 @@ def output_sensitivity(gm: GraphModule, ctx: Context, nodes: Collection[Node], t
         tokens: of the calibration data, spread over all batches.
         seed: of what is drawn.
     """
-    outputs = {node: name for node, name in own_outputs(gm).items() if node.op == "call_function"}
-    needed = evaluate.ancestors(outputs)
-    calls = [node for node in gm.graph.nodes if node.op == "call_function" and node in needed]
+    outputs = own_outputs(gm)
+    calls = evaluate.calls_for(gm, outputs)
     sums = {node: torch.zeros(edit.value(node).shape[-1], dtype=torch.float64) for node in nodes}
     generator = torch.Generator().manual_seed(seed)
     share, seen = -(-tokens // len(ctx.calibration)), 0
@@ -43,11 +43,10 @@ def output_sensitivity(gm: GraphModule, ctx: Context, nodes: Collection[Node], t
             value.register_hook(partial(add, node))
 
     for batch in ctx.track(ctx.calibration, "gradients"):
-        length = batch[0].shape[1] if batch[0].ndim > 1 else 1
-        rows = some_rows(batch, -(-share // length), generator)
+        rows = some_rows(batch, -(-share * len(batch[0]) // tokens_in(batch)), generator)
         found = evaluate.evaluate(gm, calls, evaluate.bind(gm, rows), list(outputs), watch, grad=True)
         _log_likelihood(found, outputs, generator).backward()  # type: ignore[no-untyped-call]
-        seen += rows[0].shape[:2].numel()
+        seen += tokens_in(rows)
     return {node: (total / max(seen, 1)).float() for node, total in sums.items()}
 
 

@@ -133,7 +133,7 @@ def _groups(gm: GraphModule, ctx: Context, kind: Map) -> list[ChannelGroup]:
 def _learn_model(recipe: Learn, gm: GraphModule, ctx: Context, student: Student) -> None:
     """One loss, of the model's own outputs."""
     nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
-    outputs = {node: name for node, name in own_outputs(gm).items() if node.op == "call_function"}
+    outputs = own_outputs(gm)
 
     def loss(batch: Sequence[Tensor]) -> Tensor:
         given = evaluate.bind(gm, batch)

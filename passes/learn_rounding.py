@@ -48,6 +48,7 @@ class LearnRounding(Pass):
 
     Raises:
         DataError: no calibration data.
+        OptionError: weights in one bit.
     """
 
     steps: int = 200
@@ -66,12 +67,16 @@ class LearnRounding(Pass):
         if not ctx.calibration:
             raise DataError("learn_rounding needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
 
+    def requires(self, gm: GraphModule, ctx: Context) -> None:
+        """Codes that have neighbours."""
+        for layer in unrounded(gm):
+            encoding = layer.site("weight").encoding
+            if encoding is not None and encoding.bits == 1:
+                raise OptionError("one bit has no neighbouring codes to learn", where=layer.path, remedy="use round_weights")
+
     def run(self, gm: GraphModule, ctx: Context) -> int:
-        """Learn, then store the codes; embeddings, which have no inputs to learn from, are rounded to nearest before."""
+        """Learn, then store the codes; embeddings, which have no inputs to learn from, are rounded to nearest."""
         pending = unrounded(gm)
-        for layer in pending:
-            if layer.kind != "Linear":
-                round_layer(gm, layer, Nearest(search=True))
         linears = [layer for layer in pending if layer.kind == "Linear"]
         if linears:
             statistics = ctx.statistics or observed(gm, ctx, sketch=False)
@@ -81,12 +86,14 @@ class LearnRounding(Pass):
                 self._descend(gm, ctx, learned)
             for codes in learned:
                 set_codes(gm, codes.layer, codes.encoding, *codes.result())
+        for layer in pending:  # last: the model that is learned from is the one that was given
+            if layer.kind != "Linear":
+                round_layer(gm, layer, Nearest(search=True))
         return len(pending)
 
     def _descend(self, gm: GraphModule, ctx: Context, learned: Sequence[Codes]) -> None:
-        outputs = {node: name for node, name in own_outputs(gm).items() if node.op == "call_function"}
-        needed = evaluate.ancestors(outputs)
-        nodes = [node for node in gm.graph.nodes if node.op == "call_function" and node in needed]
+        outputs = own_outputs(gm)
+        nodes = evaluate.calls_for(gm, outputs)
         instead = {codes.layer.node: codes.linear for codes in learned}
         optimizer = torch.optim.Adam([codes.log_scale for codes in learned], betas=(0.9, 0.95))
         samples = shuffled(list(ctx.calibration), self.seed)

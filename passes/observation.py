@@ -21,8 +21,7 @@ def watch(gm: GraphModule, ctx: Context, sources: Collection[Node], take: Callab
         doing: what the progress bar says.
     """
     wanted = set(sources)
-    needed = evaluate.ancestors(wanted)
-    calls = [node for node in gm.graph.nodes if node in needed and node.op == "call_function"]
+    calls = evaluate.calls_for(gm, wanted)
 
     def tap(node: Node, value: Any) -> None:
         if node in wanted:

@@ -69,6 +69,7 @@ class Prefix:
         outside, self.cut = blocks(gm)
         self.now = _Stream(gm, outside, [{} for _ in ctx.calibration])
         self.was: _Stream | None = None
+        self.done: set[Node] = set()
         if exact:
             copy = edit.copied(gm)
             self.twin = dict(zip(gm.graph.nodes, copy.graph.nodes, strict=True))
@@ -76,7 +77,7 @@ class Prefix:
                 if _unrounded(node) is not node:
                     edit.replace(node, _unrounded(node))
             self.was = _Stream(copy, [self.twin[node] for node in outside], [{} for _ in ctx.calibration])
-            self.done = set(self.was.outside)
+            self.done.update(self.was.outside)
 
     def inputs(self, doing: str) -> Iterator[Inputs]:
         """The inputs of all pending layers, tensor by tensor."""

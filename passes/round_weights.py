@@ -12,6 +12,7 @@ from ir.rounding import GPTQ, Nearest, propagate_error
 from ir.sites import Layer
 from ir.weights import round_layer, unrounded
 from passes.base import Context, Effect, Pass
+from passes.calibration import tokens_in
 from passes.prefix import Inputs, Prefix
 
 MIN_TOKENS = 128  # fewer tell next to nothing about the inputs of a layer
@@ -71,7 +72,7 @@ class RoundWeights(Pass):
             return
         if not ctx.calibration:
             raise DataError("round_weights(method='gptq') needs calibration data", remedy="pass calibration=[...], or method='nearest'")
-        tokens = sum(_tokens(batch[0]) for batch in ctx.calibration)
+        tokens = sum(tokens_in(batch) for batch in ctx.calibration)
         if tokens < MIN_TOKENS:
             raise DataError(
                 f"{tokens} calibration tokens are too few", remedy=f"give at least {MIN_TOKENS}, better 32 768; or method='nearest'"
@@ -98,8 +99,3 @@ class RoundWeights(Pass):
         if inputs.cross is None:
             return weight
         return propagate_error(weight, inputs.gram, inputs.cross, self.propagation, PROPAGATION_DAMPING)
-
-
-def _tokens(first: Tensor) -> int:
-    """Tokens in a batch, from its first input: ids `[batch, length]`, or vectors along the last axis."""
-    return int((first.shape[:-1] if first.is_floating_point() else first.shape[:2]).numel())

@@ -60,7 +60,9 @@ class SampleText(Pass):
         signature: Signature | None = gm.meta.get("signature")
         named = signature is not None and signature.inputs[0].name == "input_ids" and signature.outputs[0].name == "logits"
         if not named or signature is None or not signature.layers:
-            raise OptionError("sample_text needs a causal language model with a cache", remedy="leave the pass out")
+            raise OptionError(
+                "sample_text needs a causal language model with a cache", remedy="leave the pass out (presets: own_text=False)"
+            )
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Write, and add; returns the number of windows."""

@@ -25,7 +25,7 @@ from passes.measure import divergence
 from tools import bench_model
 from tools.bench_model import BenchModel
 
-# Counted bits: the best peers' figures at this or less is what a row has to beat: (bits, name, WikiText-2, news).
+# Counted bits, name, WikiText-2, news.
 PEERS = (
     (2.05, "GPTQ per channel", 52.82, 56.56),
     (2.28, "AutoRound", 49.06, 48.99),
@@ -37,16 +37,17 @@ PEERS = (
 LOCAL = (
     "canonicalize, untie, fold_norm, center_norm, annotate(scheme='W4A16', group=64, symmetric=False), rotate_channels(where=['R1', 'R2'])"
 )
+KNOWN = {"loss": "model", "rounding": "nearest", "tokens": 8192, "seed": 0}  # how `correlation` predicts
 DRAWS, WIDTHS = 30, (2, 3, 4, 8)
 
 
-def budgets(bench: BenchModel, wanted: list[float], steps: int, folder: Path) -> list[str]:
+def budgets(bench: BenchModel, wanted: list[float], options: str, folder: Path) -> list[str]:
     """One row a budget, with the peers that have the same bits."""
     full = bench.perplexities(bench.model)
     lines = ["| budget | counted bits | WikiText-2 | news | excess | peers at these bits | seconds |", "|---|---|---|---|---|---|---|"]
     for bits in wanted:
         started = time.perf_counter()
-        made = passes.compile(bench.model, f"mixed(bits={bits}, steps={steps}, file={str(folder / 'costs.json')!r})", bench.calibration)
+        made = passes.compile(bench.model, f"mixed(bits={bits}, {options}, file={str(folder / 'costs.json')!r})", bench.calibration)
         seconds = time.perf_counter() - started
         wiki, news = bench.perplexities(made)
         excess = " / ".join(f"{math.log(mine / whole):.4f}" for mine, whole in zip((wiki, news), full, strict=True))
@@ -80,7 +81,7 @@ def correlation(bench: BenchModel, seed: int = 1) -> list[str]:
         file = str(Path(folder) / "costs.json")
         known = f"assign_bits(bits=8.5, widths={WIDTHS}, rounding='nearest', file={file!r})"
         start = passes.compile(bench.model, f"{LOCAL}, {known}", bench.calibration).graph
-        costs = load_costs(Path(file))
+        costs = load_costs(Path(file), KNOWN)
         for _ in range(DRAWS):
             gm, total = edit.copied(start), 0.0
             spread = torch.rand(2, generator=generator)
@@ -108,15 +109,17 @@ def main() -> None:
     parser.add_argument("bench", type=Path)
     parser.add_argument("--bits", type=float, nargs="*", default=[2.05, 2.28, 2.5, 2.744, 3.244, 4.25])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--own-text", action=argparse.BooleanOptionalAction, default=True, help="calibrate on the model's own text too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     bench = bench_model.load(options.bench, options.seed)
-    text = [f"# Mixed widths\n\n`python -m tools.bench_bits {options.bench}`, calibration seed {options.seed}, {options.steps} steps.\n"]
+    made = f"steps={options.steps}, own_text={options.own_text}"
+    text = [f"# Mixed widths\n\n`python -m tools.bench_bits {options.bench}`, calibration seed {options.seed}, `{made}`.\n"]
     with tempfile.TemporaryDirectory() as folder:
         sections = {
             "Predicted against measured": lambda: correlation(bench),
-            "Budgets (full precision 46.87 / 44.93)": lambda: budgets(bench, options.bits, options.steps, Path(folder)),
+            "Budgets (full precision 46.87 / 44.93)": lambda: budgets(bench, options.bits, made, Path(folder)),
             "Global against local, rounded by GPTQ": lambda: losses(bench, 2.5),
         }
         for title, run in sections.items():

@@ -76,6 +76,8 @@ def test_costs_are_kept_for_another_budget(tmp_path):
     assert [str(a.site("weight").encoding) for a in layers(first)] == [str(b.site("weight").encoding) for b in layers(again)]
     with pytest.raises(DataError, match="lack"):
         run(load("llama").graph(), f"{MARKED}, assign_bits(bits=6.0, widths=(5, 6), file={str(file)!r})")
+    with pytest.raises(DataError, match="were made with"):
+        run(load("llama").graph(), f"{MARKED}, assign_bits(bits=3.0, loss='layer', file={str(file)!r})")
     file.write_text("[]")
     with pytest.raises(DataError, match="table of costs"):
         run(load("llama").graph(), f"{MARKED}, assign_bits(bits=3.0, file={str(file)!r})")

@@ -42,9 +42,12 @@ def test_a_layers_own_cost_is_the_relative_error_of_its_output():
 
 def test_a_table_is_read_back(tmp_path):
     costs = {("a.b", "u2[1,-1]"): 0.1 + 0.2, ("c", "i1[1,64]"): 1e-30}
-    save(costs, tmp_path / "costs.json")
-    assert load(tmp_path / "costs.json") == costs
+    made = {"loss": "model", "seed": 0}
+    save(costs, made, tmp_path / "costs.json")
+    assert load(tmp_path / "costs.json", made) == costs
     assert [file.name for file in tmp_path.iterdir()] == ["costs.json"]
-    (tmp_path / "costs.json").write_text('{"format": "another", "costs": []}')
+    with pytest.raises(DataError, match="were made with"):
+        load(tmp_path / "costs.json", {"loss": "layer", "seed": 0})
+    (tmp_path / "costs.json").write_text('{"format": "another"}')
     with pytest.raises(DataError, match="no table of costs"):
-        load(tmp_path / "costs.json")
+        load(tmp_path / "costs.json", made)

@@ -9,11 +9,9 @@ from torch.fx import GraphModule
 from ir import edit
 from ir.encoding import Encoding, Int
 from ir.errors import CoverageError, OptionError
+from ir.schemes import FLOAT, bits_of
 from ir.sites import Layer, check_patterns, heads, layers, matches
 from passes.base import Context, Effect, Pass
-
-# Scheme: bits of weights, bits of activations (16: left in floating point).
-SCHEMES = {f"W{w}A{a}": (w, a) for w, a in ((8, 8), (8, 16), (4, 16), (3, 16), (2, 16), (1, 16), (4, 8), (4, 4), (3, 3), (6, 16), (5, 16))}
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Annotate(Pass):
         %2 = aten.linear(%1, %w) {input: i8[1,-1]dynamic, weight: i8[1,-1]}
 
     Args:
-        scheme: W8A8, W8A16, W6A16, W5A16, W4A16, W3A16, W2A16, W1A16, W4A8, W4A4 or W3A3.
+        scheme: bits of weights and of activations, such as W8A8, W4A16 or W4A4; see `ir.schemes`.
         group: weights along the input axis that share a scale; -1 for one scale per output channel.
         symmetric: weights without a zero point.
         dynamic: activations get a scale per token at run time; else one per tensor, from `observe`.
@@ -54,8 +52,7 @@ class Annotate(Pass):
     effect: ClassVar[Effect] = Effect.ANNOTATE
 
     def __post_init__(self) -> None:
-        if self.scheme not in SCHEMES:
-            raise OptionError(f"there is no scheme {self.scheme!r}", where="annotate", remedy=f"there are {sorted(SCHEMES)}")
+        bits_of(self.scheme, "annotate(scheme=...)")
         if self.group != -1 and self.group < 1:
             raise OptionError(
                 f"a group has at least one weight, or -1 for the whole channel, not {self.group}", where="annotate(group=...)"
@@ -70,13 +67,13 @@ class Annotate(Pass):
     @property
     def weights(self) -> Encoding:
         """The encoding of weights."""
-        return Encoding(Int(SCHEMES[self.scheme][0]), (1, self.group), symmetric=self.symmetric)
+        return Encoding(Int(bits_of(self.scheme, "")[0]), (1, self.group), symmetric=self.symmetric)
 
     @property
     def activations(self) -> Encoding | None:
         """The encoding of activations; None if they stay in floating point."""
-        bits = SCHEMES[self.scheme][1]
-        if bits == 16:
+        bits = bits_of(self.scheme, "")[1]
+        if bits == FLOAT:
             return None
         return Encoding(Int(bits), (1, -1), dynamic=True) if self.dynamic else Encoding(Int(bits), (-1,), symmetric=False)
 

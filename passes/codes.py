@@ -16,7 +16,8 @@ from ir.straight_through import fake_quantize
 class Codes:
     """The weight of one linear as `(q − z) s` with `q = round(W / s₀ + z + v)`: offsets `v` in [−½, ½] and scales `s` are learned.
 
-    Zero points, and the scales `s₀` that codes are counted in, stay as a search over clipping ratios found them.
+    Zero points, and the scales `s₀` that codes are counted in, stay as a search over clipping ratios found them. One bit has the codes −1
+    and 1, two apart: `q = sign(W / s₀ + 2v)`.
 
     Args:
         gm: the graph; `W` stays in it and is not changed.
@@ -41,6 +42,9 @@ class Codes:
     def levels(self) -> tuple[Tensor, Tensor]:
         """`q − z`, and where a step of `v` can change it."""
         W = self._stored()
+        if self.encoding.bits == 1:
+            signs = torch.where(torch.add(W / self._spread(self.first.scale), self.offset, alpha=2) < 0, -1.0, 1.0)
+            return signs, torch.ones_like(signs, dtype=torch.bool)
         z = 0.0 if self.first.zero_point is None else self._spread(self.first.zero_point.float())
         least, greatest = numerics.code_range(self.encoding)
         q = (W / self._spread(self.first.scale) + z + self.offset).round_()

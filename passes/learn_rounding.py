@@ -48,7 +48,7 @@ class LearnRounding(Pass):
 
     Raises:
         DataError: no calibration data.
-        OptionError: weights in one bit.
+        OptionError: a number that makes no sense.
     """
 
     steps: int = 200
@@ -66,13 +66,6 @@ class LearnRounding(Pass):
         """Calibration data."""
         if not ctx.calibration:
             raise DataError("learn_rounding needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
-
-    def requires(self, gm: GraphModule, ctx: Context) -> None:
-        """Codes that have neighbours."""
-        for layer in unrounded(gm):
-            encoding = layer.site("weight").encoding
-            if encoding is not None and encoding.bits == 1:
-                raise OptionError("one bit has no neighbouring codes to learn", where=layer.path, remedy="use round_weights")
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Learn, then store the codes; embeddings, which have no inputs to learn from, are rounded to nearest."""

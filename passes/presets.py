@@ -125,8 +125,6 @@ def mixed(
     """
     if transform not in OFFLINE_ONLY:
         raise OptionError(f"there is no transform {transform!r}", where="mixed(transform=...)", remedy=f"there are {list(OFFLINE_ONLY)}")
-    if 1 in widths and rounding == "learned":
-        raise OptionError("one bit has no neighbouring codes to learn", where="mixed(widths=...)", remedy="set rounding='gptq'")
     marks = Annotate("W4A16", group=64, symmetric=False, ignore=cast("tuple[str, ...]", ignore), head=head)
     assigned = AssignBits(bits, bytes, cast("tuple[int, ...]", widths), cast("tuple[int, ...]", groups), file=file)
     rounded = (

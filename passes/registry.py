@@ -28,6 +28,7 @@ MODULES = (
     "sample_text",
     "observe",
     "annotate",
+    "split_channels",
     "assign_bits",
     "clip_activations",
     "round_weights",

@@ -2,8 +2,9 @@ import pytest
 
 from ir.capture import capture
 from ir.errors import CoverageError, OptionError
+from ir.schemes import SCHEMES
 from ir.sites import layers
-from passes.annotate import SCHEMES, Annotate
+from passes.annotate import Annotate
 from passes.canonicalize import Canonicalize
 from tests.families import LAYERS, load
 from tests.passes.samples import Mlp, run, vectors

@@ -47,6 +47,13 @@ def test_codes_are_neighbours_of_the_weights():
         assert encoding.bits == 4
 
 
+def test_one_bit_learns_signs():
+    batches = [{"input_ids": tokens(seed=seed)} for seed in range(4)]
+    marked = "canonicalize, untie, annotate(scheme='W1A16', group=32)"
+    nearest = loss("llama", f"{marked}, round_weights(method='nearest')", batches)
+    assert loss("llama", f"{marked}, learn_rounding(steps=30, rate=0.03)", batches) < 0.9 * nearest
+
+
 def test_annotated_inputs_are_rounded_while_learning():
     gm = load("llama").graph()
     records, _ = run(gm, "canonicalize, untie, annotate(scheme='W4A4'), learn_rounding(steps=3), quantize", CALIBRATION)
@@ -70,7 +77,5 @@ def test_the_same_seed_learns_the_same():
 def test_it_refuses_what_it_cannot_do():
     with pytest.raises(DataError, match="calibration"):
         run(load("llama").graph(), f"{W2}, learn_rounding")
-    with pytest.raises(OptionError, match="one bit"):
-        run(load("llama").graph(), "canonicalize, untie, annotate(scheme='W1A16'), learn_rounding", CALIBRATION)
     with pytest.raises(OptionError):
         LearnRounding(steps=0)

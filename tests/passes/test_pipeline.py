@@ -10,7 +10,8 @@ from ir import edit
 from ir.capture import capture
 from ir.errors import CoverageError, DataError, FxpressError, GraphError, OptionError, PassError
 from ir.match import aten, find
-from passes.annotate import SCHEMES, Annotate
+from ir.schemes import SCHEMES
+from passes.annotate import Annotate
 from passes.base import Context, Effect, Pass
 from passes.calls import LONGEST
 from passes.canonicalize import Canonicalize

@@ -71,11 +71,6 @@ def test_an_unknown_transform_is_refused(preset):
         preset(transform="fourier")
 
 
-def test_one_bit_is_not_learned():
-    with pytest.raises(OptionError, match="one bit"):
-        presets.mixed(widths=(1, 2))
-
-
 def test_ready_made_presets_are_spread_into_pipelines():
     assert (registry.presets()["w4a16"](), registry.presets()["w8a8"]()) == (presets.W4A16, presets.W8A8)
     assert [step.name() for step in presets.W8A16] == ["canonicalize", "annotate", "round_weights"]

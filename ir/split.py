@@ -1,0 +1,102 @@
+"""Split linears over runs of their input channels: each run becomes a linear of its own, which may be stored in its own way."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ir import edit
+from ir.match import aten
+from ir.schemes import change_bits
+from ir.sites import KEY, Layer
+
+
+def split(gm: GraphModule, source: Node, found: Sequence[Layer], parts: Sequence[Tensor]) -> list[list[Node]]:
+    """Let linears that read one tensor read parts of it, and add up what these give: `x Wᵀ + b = Σ_p x_p W_pᵀ + b`.
+
+    The parts are gathered once for all readers. Annotations are copied to every part; parts without channels are left out.
+
+    Args:
+        gm: the graph.
+        source: the tensor.
+        found: linears that read it, their weights in floating point.
+        parts: which channels, each int64 `[size]`; together all, each once.
+
+    Returns:
+        For each part, its linears, in the order of `found`.
+    """
+    kept = [part for part in parts if len(part)]
+    first = found[0]
+    gathered = []
+    for index, part in enumerate(kept):
+        channels = edit.add_attribute(gm, f"{first.path.partition('#')[0]}.channels_{index}", part.int(), before=first.node)
+        gathered.append(edit.emit(gm, aten.index_select.default, (source, edit.value(source).ndim - 1, channels), before=first.node))
+    made = [[_part(gm, layer, x, part, index) for layer in found] for index, (x, part) in enumerate(zip(gathered, kept, strict=True))]
+    for place, layer in enumerate(found):
+        total = made[0][place]
+        for others in made[1:]:
+            total = edit.emit(gm, aten.add.Tensor, (total, others[place]), before=layer.node)
+        weight = layer.weight
+        edit.replace(layer.node, total)
+        edit.drop(gm, weight)
+    return made
+
+
+def _part(gm: GraphModule, layer: Layer, x: Node, part: Tensor, index: int) -> Node:
+    """One part of a linear; the first has the bias."""
+    name = str(layer.weight.target)
+    stored = edit.attribute(gm, layer.weight).detach()[:, part].contiguous()
+    weight = edit.add_attribute(gm, f"{name.rpartition('.')[0]}.part_{index}.{name.rpartition('.')[2]}", stored, before=layer.node)
+    bias = layer.node.args[2:3] if index == 0 else ()
+    node = edit.emit(gm, aten.linear.default, (x, weight, *bias), before=layer.node)
+    node.meta["custom"] = {KEY: dict((layer.node.meta.get("custom") or {}).get(KEY, {}))}
+    return node
+
+
+def best_channels(scores: Sequence[Tensor], rows: Sequence[int], share: float, multiple: int = 1) -> list[Tensor]:
+    """The channels with the greatest score for the room that they take, over several tensors, in runs of `multiple`.
+
+    Args:
+        scores: for each tensor, `[channels]`.
+        rows: of all weights that read each tensor: what one channel takes.
+        share: of the weights, that the chosen channels may take together.
+        multiple: channels are chosen that many at a time.
+
+    Returns:
+        For each tensor, its chosen channels in falling order of their score; together at most `share`.
+    """
+    orders = [score.argsort(descending=True, stable=True) for score in scores]
+    room = share * sum(len(score) * count for score, count in zip(scores, rows, strict=True)) + 1e-6
+    runs = [
+        (float(score[order[start : start + multiple]].sum()) / (multiple * count), -tensor, -start)
+        for tensor, (score, order, count) in enumerate(zip(scores, orders, rows, strict=True))
+        for start in range(0, len(score) - multiple + 1, multiple)
+    ]
+    taken = [0] * len(scores)
+    for _, minus_tensor, minus_start in sorted(runs, reverse=True):
+        tensor, size = -minus_tensor, multiple * rows[-minus_tensor]
+        if size <= room and taken[tensor] == -minus_start:
+            taken[tensor] += multiple
+            room -= size
+    return [order[:count] for order, count in zip(orders, taken, strict=True)]
+
+
+def split_off(gm: GraphModule, source: Node, found: Sequence[Layer], channels: Tensor, high: str = "", size: Tensor | None = None) -> None:
+    """Split linears that read one tensor into some channels, in a scheme of their own, and the rest, as annotated.
+
+    Args:
+        gm, source, found: as of `split`.
+        channels: the chosen ones, int64.
+        high: their scheme; "" for that of the rest.
+        size: of every channel, `[channels]`: each part is sorted by it, the greatest first; None keeps the order.
+    """
+    total = edit.value(source).shape[-1]
+    rest = torch.ones(total, dtype=torch.bool)
+    rest[channels] = False
+    order = torch.arange(total) if size is None else size.argsort(descending=True, stable=True)
+    made = split(gm, source, found, [order[~rest[order]], order[rest[order]]])
+    for node in made[0] if high else ():
+        layer = Layer(node, "")
+        for name, encoding in zip(("input", "weight"), change_bits(layer, high), strict=True):
+            layer.site(name).annotate(encoding)

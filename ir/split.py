@@ -7,9 +7,17 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ir import edit
-from ir.match import aten
+from ir.match import aten, is_call
 from ir.schemes import change_bits
-from ir.sites import KEY, Layer
+from ir.sites import KEY, Layer, readers
+from ir.weights import unrounded
+
+
+def splittable(gm: GraphModule) -> dict[Node, list[Layer]]:
+    """The annotated linears by the tensor that they read, but for those that read a part of a tensor already; the first reader leads."""
+    pending = {layer.node for layer in unrounded(gm)}
+    found = {source: [layer for layer in layers if layer.node in pending] for source, layers in readers(gm).items()}
+    return {source: layers for source, layers in found.items() if layers and not is_call(source, aten.index_select.default)}
 
 
 def split(gm: GraphModule, source: Node, found: Sequence[Layer], parts: Sequence[Tensor]) -> list[list[Node]]:

@@ -10,13 +10,12 @@ from torch.fx import GraphModule
 from ir import evaluate
 from ir.errors import DataError, OptionError
 from ir.rounding import Nearest
-from ir.sites import readers
 from ir.weights import round_layer, set_codes, unrounded
 from passes.base import Context, Effect, Pass
 from passes.codes import Codes
 from passes.descent import rate_at, shuffled, some_rows
 from passes.divergence import of_outputs, own_outputs
-from passes.observation import observed
+from passes.observation import mean_squares
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,7 @@ class LearnRounding(Pass):
         pending = unrounded(gm)
         linears = [layer for layer in pending if layer.kind == "Linear"]
         if linears:
-            statistics = ctx.statistics or observed(gm, ctx, sketch=False)
-            read = {source: statistics[found[0].path].second_moment.float() for source, found in readers(gm).items()}
+            read = mean_squares(gm, ctx, {layer.site("input").operand for layer in linears})
             learned = [Codes(gm, layer, read[layer.site("input").operand]) for layer in linears]
             with torch.enable_grad():
                 self._descend(gm, ctx, learned)

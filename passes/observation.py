@@ -47,3 +47,9 @@ def observed(gm: GraphModule, ctx: Context, *, gram: bool = False, sketch: bool 
     statistics = Statistics()
     watch(gm, ctx, sources, lambda node, value: statistics.observe(sources[node], value, gram=gram, sketch=sketch), "observe")
     return statistics
+
+
+def mean_squares(gm: GraphModule, ctx: Context, sources: Collection[Node]) -> dict[Node, Tensor]:
+    """`E[x²] [channels]` of tensors that linears read, float32, from the statistics there are or a run of its own."""
+    statistics = ctx.statistics or observed(gm, ctx, sketch=False)
+    return {source: statistics[found[0].path].second_moment.float() for source, found in readers(gm).items() if source in sources}

@@ -29,6 +29,7 @@ MODULES = (
     "observe",
     "annotate",
     "split_channels",
+    "learn_masks",
     "assign_bits",
     "clip_activations",
     "round_weights",

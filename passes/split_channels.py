@@ -10,15 +10,13 @@ from torch.fx import GraphModule, Node
 
 from ir import edit, numerics
 from ir.errors import DataError, OptionError
-from ir.match import aten, is_call
 from ir.rounding import search_qparams
 from ir.schemes import bits_of
-from ir.sites import Layer, readers
-from ir.split import best_channels, split_off
-from ir.weights import unrounded
+from ir.sites import Layer
+from ir.split import best_channels, split_off, splittable
 from passes.base import Context, Effect, Pass
 from passes.gradients import output_sensitivity
-from passes.observation import observed
+from passes.observation import mean_squares
 
 CRITERIA = ("loss", "activation")
 
@@ -86,8 +84,7 @@ class SplitChannels(Pass):
         whole = splittable(gm)
         if not whole:
             return 0
-        statistics = ctx.statistics or observed(gm, ctx, sketch=False)
-        moments = {source: statistics[readers(gm)[source][0].path].second_moment.float() for source in whole}
+        moments = mean_squares(gm, ctx, whole)
         scores = moments if self.by == "activation" else self._costs(gm, ctx, whole, moments)
         rows = [sum(edit.value(layer.weight).shape[0] for layer in found) for found in whole.values()]
         picked = best_channels([scores[source] for source in whole], rows, self.share, self.multiple)
@@ -119,10 +116,3 @@ def _errors(gm: GraphModule, layer: Layer) -> Tensor:
     assert encoding is not None
     rounded = numerics.fake_quantize(W, encoding, search_qparams(W, encoding, torch.ones(W.shape[1])))
     return (W - rounded).square() + (0.0 if given is None else 4.0**-given.bits) * W.square()
-
-
-def splittable(gm: GraphModule) -> dict[Node, list[Layer]]:
-    """The annotated linears by the tensor that they read, but for those that read a part of a tensor already."""
-    pending = {layer.node for layer in unrounded(gm)}
-    found = {source: [layer for layer in layers if layer.node in pending] for source, layers in readers(gm).items()}
-    return {source: layers for source, layers in found.items() if layers and not is_call(source, aten.index_select.default)}

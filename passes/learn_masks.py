@@ -1,0 +1,143 @@
+"""`learn_masks`: learn by gradient which input channels are stored in a wider scheme."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ir import edit, evaluate
+from ir.errors import DataError, OptionError
+from ir.schemes import bits_of, change_bits
+from ir.signature import Signature
+from ir.sites import Layer
+from ir.split import best_channels, split_off, splittable
+from passes.base import Context, Effect, Pass
+from passes.descent import shuffled, some_rows
+from passes.divergence import of_outputs, own_outputs
+from passes.masks import MaskGenerator, distance_to, encodings, gate, hard, mixed_linear
+from passes.observation import mean_squares
+
+LOSSES = ("divergence", "cross_entropy")
+
+
+@dataclass(frozen=True)
+class LearnMasks(Pass):
+    """Split annotated linears into channels of a wider scheme and the rest, by masks that are learned on the whole model's error.
+
+    Before, and after: as of `split_channels`.
+
+    The published method (2606.07819; generator after 2410.11988): a small network makes one binary mask for each tensor that linears read;
+    its gates are drawn (Gumbel), soft in the model's loss and hard, straight-through, in the budget's `log(max(b, B)/min(b, B))`, where `B`
+    is the share of weights in the wider scheme. The model's weights stay as they are. How many channels a layer gets is learned; in the end
+    those with the greatest logits are taken that the budget has room for.
+
+    Limits: 1. two schemes; 2. masks are learned on weights rounded to nearest, whatever rounds them later.
+
+    Args:
+        high: scheme of the chosen channels; the rest is as annotated.
+        share: of all annotated weights, to choose.
+        loss: "divergence" from the model as it is; or "cross_entropy" of the calibration text, as published, for causal language models.
+        steps: of AdamW.
+        rows: samples of a batch in a step.
+        rate: learning rate.
+        strength: λ, of the budget in the loss.
+        multiple: channels of a layer are chosen that many at a time.
+        order: sort channels within a part by their mean square; else they keep their order.
+        seed: of what is drawn.
+
+    Raises:
+        DataError: no calibration data.
+        OptionError: an option that there is not; "cross_entropy" of a model that is no causal language model.
+    """
+
+    high: str = "W8A8"
+    share: float = 0.125
+    loss: str = "divergence"
+    steps: int = 2000
+    rows: int = 4
+    rate: float = 1e-3
+    strength: float = 6.0
+    multiple: int = 16
+    order: bool = True
+    seed: int = 0
+    effect: ClassVar[Effect] = Effect.PRESERVE
+
+    def __post_init__(self) -> None:
+        bits_of(self.high, "learn_masks(high=...)")
+        if self.loss not in LOSSES:
+            raise OptionError(f"there is no loss {self.loss!r}", where="learn_masks(loss=...)", remedy=f"there are {list(LOSSES)}")
+        if not 0 < self.share < 1 or min(self.steps, self.rows, self.multiple) < 1 or not self.rate > 0 or self.strength < 0:
+            raise OptionError("a share lies between 0 and 1, counts are at least 1, rates positive", where=str(self))
+
+    def needs(self, ctx: Context) -> None:
+        """Calibration data."""
+        if not ctx.calibration:
+            raise DataError("learn_masks needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
+
+    def requires(self, gm: GraphModule, ctx: Context) -> None:
+        """A causal language model, for its cross entropy."""
+        signature: Signature | None = gm.meta.get("signature")
+        named = signature is not None and signature.inputs[0].name == "input_ids" and "logits" in own_outputs(gm).values()
+        if self.loss == "cross_entropy" and not named:
+            raise OptionError("cross_entropy needs a causal language model", where=str(self), remedy="set loss='divergence'")
+
+    def run(self, gm: GraphModule, ctx: Context) -> int:
+        """Learn, then split; returns the number of linears that became two."""
+        whole = splittable(gm)
+        if not whole:
+            return 0
+        rows = [sum(int(edit.value(layer.weight).shape[0]) for layer in found) for found in whole.values()]
+        with torch.enable_grad():
+            logits = self._learned(gm, ctx, whole, rows)
+        least = min(float(own.min()) for own in logits)
+        picked = best_channels([(own - least) * count for own, count in zip(logits, rows, strict=True)], rows, self.share, self.multiple)
+        moments = mean_squares(gm, ctx, whole) if self.order else {}
+        changed = 0
+        for (source, found), channels in zip(whole.items(), picked, strict=True):
+            if len(channels):
+                split_off(gm, source, found, channels, self.high, moments.get(source))
+                changed += len(found)
+        sizes = [len(own) for own in logits]
+        taken = sum(len(channels) * count for channels, count in zip(picked, rows, strict=True))
+        ctx.notes.append(f"learn_masks: {taken / sum(map(int.__mul__, sizes, rows)):.2%} of the weights in {self.high}")
+        return changed
+
+    def _learned(self, gm: GraphModule, ctx: Context, whole: Mapping[Node, Sequence[Layer]], rows: Sequence[int]) -> list[Tensor]:
+        """The logits of all masks."""
+        outputs = own_outputs(gm)
+        nodes = evaluate.calls_for(gm, outputs)
+        sizes = [int(edit.value(source).shape[-1]) for source in whole]
+        total = float(sum(map(int.__mul__, sizes, rows)))
+        drawn = torch.Generator().manual_seed(self.seed)
+        masks = MaskGenerator(sizes, drawn)
+        optimizer = torch.optim.AdamW(masks.parameters(), lr=self.rate, weight_decay=0.05)
+        samples = shuffled(list(ctx.calibration), self.seed)
+        for _ in ctx.track(range(self.steps), "learn masks"):
+            batch, generator = next(samples)
+            given = evaluate.bind(gm, some_rows(batch, self.rows, generator))
+            gates = [gate(logits, drawn) for logits in masks()]
+            spent = torch.stack([hard(own).sum() * count for own, count in zip(gates, rows, strict=True)]).sum() / total
+            instead = {
+                layer.node: partial(mixed_linear, encodings(layer), change_bits(layer, self.high), own)
+                for found, own in zip(whole.values(), gates, strict=True)
+                for layer in found
+            }
+            found = evaluate.evaluate(gm, nodes, given, list(outputs), instead=instead, grad=True)
+            loss = self._loss(gm, nodes, given, found, outputs) + self.strength * distance_to(self.share, spent.clamp_min(1e-6))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        with torch.no_grad():
+            final: list[Tensor] = masks()
+        return final
+
+    def _loss(self, gm: GraphModule, nodes: Sequence[Node], given: Mapping[Node, Any], found: Mapping[Node, Any], outputs: Any) -> Tensor:
+        if self.loss == "divergence":
+            return of_outputs(found, evaluate.evaluate(gm, nodes, given, list(outputs)), outputs)
+        ids = next(iter(given.values()))
+        logits = next(found[node] for node, name in outputs.items() if name == "logits")
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())

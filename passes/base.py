@@ -56,6 +56,7 @@ class Context:
         notes: sentences for the report.
         tables: rows for the report, by the table's title.
         backend: the target; what it does not support is refused as soon as it is annotated.
+        original: the graph as it was before the first pass, over the caller's tensors; None where a pass is run by itself.
         allow_partial: leave unsupported layers as they are, instead of refusing.
     """
 
@@ -68,6 +69,7 @@ class Context:
     notes: list[str] = field(default_factory=list)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     backend: "Backend | None" = None
+    original: GraphModule | None = None
     allow_partial: bool = False
 
     def skip(self, path: str, reason: str, size: int, asked: bool = False) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from ir import edit
 from ir.capture import capture
 from ir.errors import DataError, OptionError
 from ir.signature import Signature
@@ -76,6 +77,7 @@ def compile(
         seed = recipe.seed
     example: list[Tensor] = gm.meta["example"]
     ctx = Context(batches, _probe(gm, batches) or example, seed, progress or Progress(), backend=target, allow_partial=allow_partial)
+    ctx.original = edit.copied(gm)
     original = _original(gm, ctx)
     trace = steps.execute(gm, ctx)
     ctx.progress.say(f"lowering to {target.name}")

@@ -34,6 +34,7 @@ MODULES = (
     "clip_activations",
     "round_weights",
     "learn_rounding",
+    "tune",
     "quantize",
     "quantize_cache",
 )

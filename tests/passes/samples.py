@@ -44,7 +44,7 @@ def vectors(seed: int = 0, rows: int = 8, width: int = 64) -> Tensor:
 
 def context(gm: GraphModule, calibration=None) -> Context:
     """A context for `gm`, with its example as probe."""
-    return Context(flat_batches(gm, calibration), gm.meta["example"])
+    return Context(flat_batches(gm, calibration), gm.meta["example"], original=edit.copied(gm))
 
 
 def run(gm: GraphModule, pipeline: object, calibration=None, ctx: Context | None = None) -> tuple[list[Record], Context]:

@@ -131,11 +131,9 @@ def _unchanged(x: Tensor, *_parameters: Any) -> Tensor:
     return x
 
 
-def _rounded(
-    quantize: Callable[..., Tensor], x: Tensor, scale: Tensor, zero_point: Tensor | None, encoding: str, dtype: torch.dtype
-) -> Tensor:
+def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor | None, encoding: str, dtype: torch.dtype) -> Tensor:
     with torch.no_grad():
-        step = DEQUANTIZE(quantize(x, scale, zero_point, encoding), scale, zero_point, encoding, dtype) - x
+        step: Tensor = DEQUANTIZE(QUANTIZE(x, scale, zero_point, encoding), scale, zero_point, encoding, dtype) - x
     return x + step
 
 

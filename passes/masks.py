@@ -68,9 +68,9 @@ def distance_to(budget: float, spent: Tensor) -> Tensor:
 def mixed_linear(low: Pair, high: Pair, gates: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear whose channels are in `high` as far as their gates are open, else in `low`; instead of `aten.linear`.
 
-    `F(V) = Q_h(V) m + Q_l(V) (1 − m)` for the input and the weight alike (2606.07819). How scales see soft masks is open there: those of
-    the low part are chosen from `V (1 − m)`, so that they become the split layer's as gates close. Nothing of the size of the weight is
-    kept for the backward pass.
+    `F(V) = Q_h(V) m + Q_l(V) (1 − m)` for the input and the weight alike (2606.07819). How scales see masks is open there: here those of
+    the low part are chosen from `V (1 − m)`, so that they become the split layer's as gates close, and those of the high part from all of
+    `V`. Nothing of the size of the weight is kept for the backward pass.
     """
     apply = partial(_mixed, low, high)
     result: Tensor = checkpoint(apply, gates, x, weight, bias, use_reentrant=False)
@@ -79,8 +79,8 @@ def mixed_linear(low: Pair, high: Pair, gates: Tensor, x: Tensor, weight: Tensor
 
 def _mixed(low: Pair, high: Pair, gates: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     W = weight.to(numerics.compute_dtype(weight.dtype))
-    W_mixed = _stored(W, high[1], gates.detach()) * gates + _stored(W, low[1], 1 - gates.detach()) * (1 - gates)
-    x_mixed = _computed(x, high[0], gates) * gates + _computed(x, low[0], 1 - gates) * (1 - gates)
+    W_mixed = _stored(W, high[1], torch.ones_like(gates)) * gates + _stored(W, low[1], 1 - gates.detach()) * (1 - gates)
+    x_mixed = _computed(x, high[0], torch.ones_like(gates)) * gates + _computed(x, low[0], 1 - gates) * (1 - gates)
     return nn.functional.linear(x_mixed.to(x.dtype), W_mixed.to(x.dtype), bias)
 
 

@@ -30,7 +30,10 @@ BEFORE = {
     "clip_activations": "untie, annotate(scheme='W4A4')",
     "smooth_channels": "untie, fold_norm",
     "rotate_channels": "untie, fold_norm, center_norm",
+    "split_channels": "untie, annotate(scheme='W4A4')",
+    "learn_masks": "untie, annotate(scheme='W4A4')",
     "assign_bits": "untie, annotate(scheme='W4A16', group=32)",
+    "tune": "untie, annotate(scheme='W4A16', group=32), round_weights(method='nearest')",
     "round_weights": "untie, annotate(scheme='W4A16', group=32)",
     "learn_rounding": "untie, annotate(scheme='W2A16', group=32, symmetric=False)",
     "quantize": "untie, annotate",
@@ -57,6 +60,8 @@ SHORT = {
     "learn": "learn(steps=3, rows=1)",
     "assign_bits": "assign_bits(bits=3.1)",
     "learn_rounding": "learn_rounding(steps=3)",
+    "learn_masks": "learn_masks(steps=2, rows=1)",
+    "tune": "tune(steps=3)",
 }  # instead of the defaults, to be quick
 CASES = [(SHORT.get(name, name), BEFORE.get(name, "")) for name in registry.passes()] + OPTIONS
 

@@ -51,13 +51,13 @@ def test_without_a_scheme_assign_bits_chooses_for_the_parts():
     model, x = with_outliers(range(16))
     pipeline = (
         "canonicalize, untie, annotate(scheme='W4A16', group=16, symmetric=False), split_channels(share=0.125), "
-        "assign_bits(bits=3.9, widths=(2, 8)), round_weights"
+        "assign_bits(bits=4.0, widths=(2, 8)), round_weights"
     )
     made = passes.compile(model, pipeline, [(x,)], args=(x,))
     rows = {row["layer"]: row["encoding"][:2] for row in made.report().tables["widths"]}
     assert rows["up"] == "u8"  # the outliers, which come first
     assert set(rows.values()) == {"u2", "u8"}
-    assert made.effective_bits <= 3.9
+    assert made.effective_bits <= 4.0
 
 
 def test_bfloat16_and_the_onnx_backend():

@@ -56,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", type=Path)
     parser.add_argument("--bits", type=int, nargs="*", default=list(CASES))
+    parser.add_argument("--methods", nargs="*", default=[""], help="only rows whose options contain one of these")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
@@ -69,7 +70,7 @@ def main() -> None:
         starts: dict[bool, GraphModule] = {}
         for symmetric, options in CASES[bits]:
             name = f"| W{bits}{' symmetric' if symmetric else ''} | `{options}` "
-            if any(line.startswith(name) for line in lines):
+            if any(line.startswith(name) for line in lines) or not any(wanted in options for wanted in given.methods):
                 continue
             if symmetric not in starts:
                 starts[symmetric] = passes.compile(bench.model, PREPARED.format(bits=bits, symmetric=symmetric)).graph

@@ -10,11 +10,13 @@ from ir import numerics
 from ir.encoding import Encoding
 from ir.errors import OptionError
 from ir.numerics import QParams
-from ir.rounding.descent import descend
 from ir.rounding.evidence import Evidence, Rounding
 from ir.rounding.factor import factored
 from ir.rounding.gptq import GPTQ
 from ir.rounding.grid import Grid
+from ir.rounding.kronecker import KroneckerDraft, kronecker_error, spread
+
+_SHARE = 8  # (N + K) / _SHARE steps of moving codes in a sweep, each of about N K / (N + K) codes
 
 
 @dataclass(frozen=True)
@@ -24,27 +26,25 @@ class YAQA(Rounding):
     YAQA (2505.22988, sketch B): `H_in = E[GᵀG]`, `H_out = E[GGᵀ]` of per-sequence gradients `G [N, K]` of the log likelihood. With
     `U_outᵀU_out = H_out⁻¹` and `U_in` likewise, `ΔW = U_outᵀ E U_in` and the objective is `‖E‖²`; entry (i, j) takes the code nearest
     to `w_ij − Σ U_out,ki E_kl U_in,lj`, over what is above and to the left of it. Scales are those that GPTQ finds with `H_in`, and the
-    better of both results is kept. The sweeps, not in the paper, are `descend` for a few rows at a time, with all other rows fixed, towards
-    `ŵ_R + D⁻¹ (H_out ΔW)_R` with the sums D of the rows of `|H_out,RR|`, which bound that matrix; no step raises the objective.
+    better of both results is kept. The sweeps, not in the paper, descend on the same objective: `KroneckerDraft` moves codes, then fits
+    scales. On the factors of a trained model they lower it further than the feedback does.
 
-    `N + K` vectorised steps of `N K + N²` multiplications.
+    The feedback takes `N + K` vectorised steps of `N K + N²` multiplications, a sweep about `N K (N + K)` and more.
 
     Args:
         damping: of both factors, as a share of the mean of their diagonals.
         search: choose scales by `search_qparams` instead of covering the extremes.
         sweeps: of descent.
-        rows: at a time in a sweep.
     """
 
     damping: float = 0.01
     search: bool = True
-    sweeps: int = 2
-    rows: int = 16
+    sweeps: int = 3
     needs: ClassVar[tuple[str, ...]] = ("outer", "inner")
 
     def __post_init__(self) -> None:
-        if self.damping < 0 or self.rows < 1 or self.sweeps < 0:
-            raise OptionError("damping and sweeps are at least 0, rows at least 1", where=str(self))
+        if self.damping < 0 or self.sweeps < 0:
+            raise OptionError("damping and sweeps are at least 0", where=str(self))
 
     def solve(self, W: Tensor, encoding: Encoding, evidence: Evidence) -> tuple[Tensor, QParams]:
         """See `Rounding`."""
@@ -54,32 +54,11 @@ class YAQA(Rounding):
         codes, qparams = GPTQ(damping=self.damping, search=self.search).by_columns(W, grid, evidence.take("inner"))
         tried = round_both_ways(W, qparams, grid, U_out, U_in)
         errors = [kronecker_error(W - numerics.dequantize(found, qparams, encoding), H_out, H_in) for found in (codes, tried)]
-        codes = tried if errors[1] < errors[0] else codes
+        draft = KroneckerDraft(W, tried if errors[1] < errors[0] else codes, qparams, grid, H_out, H_in)
         for _ in range(self.sweeps):
-            codes, qparams = self._sweep(W, codes, qparams, grid, H_out, H_in)
-        return codes, qparams
-
-    def _sweep(self, W: Tensor, codes: Tensor, qparams: QParams, grid: Grid, H_out: Tensor, H_in: Tensor) -> tuple[Tensor, QParams]:
-        """Let all rows descend, a few at a time."""
-        codes, qparams = codes.clone(), replace(qparams, scale=qparams.scale.clone())
-        W_hat, shared = numerics.dequantize(codes, qparams, grid.encoding), grid.encoding.block_shape(tuple(W.shape))[0]
-        step = -(-self.rows // shared) * shared  # rows that share scales stay together
-        for start in range(0, len(W), step):
-            R, blocks = slice(start, start + step), slice(start // shared, -(-(start + step) // shared))
-            D = H_out[R, R].abs().sum(1)
-            D = D if shared == 1 else D.max().expand_as(D)  # rows that share a scale are weighed alike by the descent
-            target = W_hat[R] + H_out[R] @ (W - W_hat) / D[:, None]
-            z = qparams.zero_point
-            own = QParams(qparams.scale[blocks], None if z is None else z[blocks])
-            codes[R], fitted = descend(target, codes[R], own, grid, H_in, sweeps=1)
-            qparams.scale[blocks] = fitted.scale
-            W_hat[R] = numerics.dequantize(codes[R], fitted, grid.encoding)
-        return codes, qparams
-
-
-def kronecker_error(D: Tensor, H_out: Tensor, H_in: Tensor) -> float:
-    """`tr(H_out D H_in Dᵀ)` of an error `D [N, K]`."""
-    return float((H_out @ D * (D @ H_in)).sum())
+            draft.move_codes(-(-sum(W.shape) // _SHARE))
+            draft.fit_scales()
+        return draft.codes, draft.qparams
 
 
 def round_both_ways(W: Tensor, qparams: QParams, grid: Grid, U_out: Tensor, U_in: Tensor) -> Tensor:
@@ -89,8 +68,8 @@ def round_both_ways(W: Tensor, qparams: QParams, grid: Grid, U_out: Tensor, U_in
     is done adds to the later ones of its row in T, and then of its column in the sum over k.
     """
     N, K = W.shape
-    scale = numerics.expand(qparams.scale, grid.encoding, (N, K)).expand(N, K)
-    z = None if qparams.zero_point is None else numerics.expand(qparams.zero_point, grid.encoding, (N, K)).expand(N, K)
+    every = spread(qparams, grid.encoding, W.shape)
+    scale, z = every.scale, every.zero_point
     single, codes = replace(grid.encoding, block=(1,)), torch.empty_like(W, dtype=numerics.storage_dtype(grid.encoding))
     # Along an antidiagonal columns fall as rows rise: reversed, both are slices.
     U_in_reversed, across, down = U_in.flip(0), torch.zeros_like(W), W.new_zeros(K, N)

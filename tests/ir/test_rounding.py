@@ -20,7 +20,7 @@ ROUNDINGS = [
     Qronos(act_order=True, sweeps=1),
     Guided(groups=1, sweeps=1),
     ExactScales(sweeps=2),
-    YAQA(sweeps=1, rows=5),
+    YAQA(sweeps=1),
 ]
 
 

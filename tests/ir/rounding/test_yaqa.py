@@ -7,7 +7,8 @@ from ir import numerics
 from ir.encoding import Encoding
 from ir.rounding import GPTQ, SCALE_DTYPE, YAQA, Evidence, Grid, Nearest
 from ir.rounding.factor import factored
-from ir.rounding.yaqa import kronecker_error, round_both_ways
+from ir.rounding.kronecker import kronecker_error
+from ir.rounding.yaqa import round_both_ways
 from tests.ir.rounding.samples import gram, weight
 
 N = 12
@@ -26,17 +27,16 @@ def found(rounding, encoding, W=None):
 
 
 @pytest.mark.parametrize("text", ["u2[1,16]", "u3[1,16]", "i4[1,-1]", "u4[4,16]"])
-@pytest.mark.parametrize("rows", [1, 5])
-def test_it_makes_a_smaller_error_than_gptq_and_nearest(text, rows):
+def test_it_makes_a_smaller_error_than_gptq_and_nearest(text):
     encoding = Encoding.parse(text)
-    mine = found(YAQA(rows=rows), encoding)
-    assert mine < found(GPTQ(), encoding)
+    mine = found(YAQA(), encoding)
+    assert mine < 0.9 * found(GPTQ(), encoding)
     assert mine < 0.7 * found(Nearest(search=True), encoding)
 
 
 @pytest.mark.parametrize("text", ["u2[1,16]", "i3[1,-1]", "i1[1,16]", "u3[5,16]"])
 def test_no_sweep_raises_the_error(text):
-    errors = [found(YAQA(sweeps=sweeps, damping=0.0, rows=4), Encoding.parse(text)) for sweeps in range(4)]
+    errors = [found(YAQA(sweeps=sweeps, damping=0.0), Encoding.parse(text)) for sweeps in range(4)]
     assert all(after <= before * (1 + 1e-3) for before, after in pairwise(errors))
     assert errors[-1] < errors[0]
 

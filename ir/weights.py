@@ -9,7 +9,7 @@ from ir import edit
 from ir.encoding import Encoding
 from ir.numerics import QParams
 from ir.ops import DEQUANTIZE
-from ir.rounding import SCALE_DTYPE, Rounding
+from ir.rounding import SCALE_DTYPE, Evidence, Rounding
 from ir.sites import Layer, layers
 
 
@@ -29,11 +29,12 @@ def set_codes(gm: GraphModule, layer: Layer, encoding: Encoding, codes: Tensor, 
     edit.drop(gm, weight)
 
 
-def round_layer(gm: GraphModule, layer: Layer, rounding: Rounding, gram: Tensor | None = None, weight: Tensor | None = None) -> None:
+def round_layer(gm: GraphModule, layer: Layer, rounding: Rounding, evidence: Evidence | None = None, weight: Tensor | None = None) -> None:
     """Round a layer's weight as it is annotated; or another `weight [N, K]` in its place."""
     encoding = layer.site("weight").encoding
     assert encoding is not None
-    codes, qparams = rounding.round_weight(edit.attribute(gm, layer.weight) if weight is None else weight, encoding, gram)
+    weight = edit.attribute(gm, layer.weight) if weight is None else weight
+    codes, qparams = rounding.round_weight(weight, encoding, evidence or Evidence())
     set_codes(gm, layer, encoding, codes, qparams)
 
 

@@ -52,3 +52,9 @@ def call_text(name: str, value: Any) -> str:
         return name
     changed = [(f.name, getattr(value, f.name)) for f in fields(value) if f.init and getattr(value, f.name) != f.default]
     return name + (f"({', '.join(f'{option}={given!r}' for option, given in changed)})" if changed else "")
+
+
+def fits(value: object, default: object) -> bool:
+    """Whether a literal can stand where an option has this default; where that is None or another object, the pass has to say."""
+    accepted = {bool: (bool,), int: (int,), float: (int, float), str: (str,), tuple: (tuple, list)}.get(type(default))
+    return accepted is None or (isinstance(value, accepted) and (not isinstance(value, bool) or bool in accepted))

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from ir import edit, numerics
 from ir.encoding import Encoding
 from ir.errors import DataError
-from ir.rounding import Rounding
+from ir.rounding import Evidence, Rounding
 from ir.sites import Layer
 from passes.base import Context
 from passes.gradients import output_sensitivity
@@ -53,7 +53,7 @@ def _costs(
             W = edit.attribute(gm, layer.weight).detach().float()
             weighed = feels[layer.node] if feels is not None else torch.ones(len(W)) / _squares(W, inputs.gram).sum().clamp_min(1e-30)
             for encoding in options[layer]:
-                codes, qparams = rounding.round_weight(W, encoding, inputs.gram)
+                codes, qparams = rounding.round_weight(W, encoding, Evidence(gram=inputs.gram))
                 errors = _squares(W - numerics.dequantize(codes, qparams, encoding), inputs.gram)
                 found[layer.path, str(encoding)] = float(weighed @ errors)
     return found

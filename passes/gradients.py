@@ -1,6 +1,6 @@
 """How much the model's predictions feel a change of a layer's output: second moments of gradients."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,8 +27,6 @@ def output_sensitivity(gm: GraphModule, ctx: Context, nodes: Collection[Node], t
         tokens: of the calibration data, spread over all batches.
         seed: of what is drawn.
     """
-    outputs = own_outputs(gm)
-    calls = evaluate.calls_for(gm, outputs)
     sums = {node: torch.zeros(edit.value(node).shape[-1], dtype=torch.float64) for node in nodes}
     generator = torch.Generator().manual_seed(seed)
     share, seen = -(-tokens // len(ctx.calibration)), 0
@@ -44,10 +42,20 @@ def output_sensitivity(gm: GraphModule, ctx: Context, nodes: Collection[Node], t
 
     for batch in ctx.track(ctx.calibration, "gradients"):
         rows = some_rows(batch, -(-share * len(batch[0]) // tokens_in(batch)), generator)
-        found = evaluate.evaluate(gm, calls, evaluate.bind(gm, rows), list(outputs), watch, grad=True)
-        _log_likelihood(found, outputs, generator).backward()  # type: ignore[no-untyped-call]
+        backward(gm, rows, watch, generator)
         seen += tokens_in(rows)
     return {node: (total / max(seen, 1)).float() for node, total in sums.items()}
+
+
+def backward(gm: GraphModule, batch: Sequence[Tensor], watch: evaluate.Tap, generator: torch.Generator) -> None:
+    """One run of a batch and back, from the log likelihood of a sample of the model's own predictions.
+
+    `watch` is called with every node and its value, and lets the value require gradients and hooks it where it wants these.
+    """
+    outputs = own_outputs(gm)
+    calls = evaluate.calls_for(gm, outputs)
+    found = evaluate.evaluate(gm, calls, evaluate.bind(gm, batch), list(outputs), watch, grad=True)
+    _log_likelihood(found, outputs, generator).backward()  # type: ignore[no-untyped-call]
 
 
 def _log_likelihood(found: Mapping[Node, Tensor], outputs: Mapping[Node, str], generator: torch.Generator) -> Tensor:

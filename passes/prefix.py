@@ -1,7 +1,8 @@
 """`Prefix`: the inputs of layers, block after block, from a prefix of the graph that changes on the way; and from the model as it was."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ir.sites import Layer
 from passes.base import Context
 
 Values = dict[Node, Any]
+Weights = Mapping[Node, Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,13 @@ class Inputs:
         layers: the readers.
         gram: `X̂ᵀX̂ / tokens [K, K]`, `X̂` from the graph as it is now.
         cross: `XᵀX̂ / tokens [K, K]`, `X` from the graph as it was, without rounded activations; None if not asked for.
+        grams: `Σ_t w_tg x̂_t x̂_tᵀ / tokens [groups, K, K]` of the readers whose tokens have weights.
     """
 
     layers: list[Layer]
     gram: Tensor
     cross: Tensor | None
+    grams: dict[Node, Tensor]
 
 
 @dataclass
@@ -62,20 +66,19 @@ class Prefix:
         ctx: with calibration data.
         pending: the layers whose inputs are wanted, by node.
         exact: keep the model as it was beside.
+        weights: of tokens, for each batch `[tokens, groups]`, by the layers that want Gram matrices of groups.
     """
 
-    def __init__(self, gm: GraphModule, ctx: Context, pending: dict[Node, Layer], *, exact: bool = False) -> None:
-        self.gm, self.ctx, self.pending = gm, ctx, pending
+    def __init__(
+        self, gm: GraphModule, ctx: Context, pending: dict[Node, Layer], *, exact: bool = False, weights: Weights = MappingProxyType({})
+    ) -> None:
+        self.gm, self.ctx, self.pending, self.weights = gm, ctx, pending, weights
         outside, self.cut = blocks(gm)
         self.now = _Stream(gm, outside, [{} for _ in ctx.calibration])
         self.was: _Stream | None = None
         self.done: set[Node] = set()
         if exact:
-            copy = edit.copied(gm)
-            self.twin = dict(zip(gm.graph.nodes, copy.graph.nodes, strict=True))
-            for node in list(copy.graph.nodes):
-                if _unrounded(node) is not node:
-                    edit.replace(node, _unrounded(node))
+            copy, self.twin = exact_copy(gm)
             self.was = _Stream(copy, [self.twin[node] for node in outside], [{} for _ in ctx.calibration])
             self.done.update(self.was.outside)
 
@@ -90,19 +93,25 @@ class Prefix:
 
     def _inputs(self, block: Block, source: Node) -> Inputs:
         size = edit.value(source).shape[-1]
+        layers = [self.pending[node] for node in block.nodes if node in self.pending and node.args[0] is source]
+        wanted = {layer.node: self.weights[layer.node] for layer in layers if layer.node in self.weights}
+        grams = {node: torch.zeros(weights[0].shape[1], size, size) for node, weights in wanted.items()}
         gram, cross = torch.zeros(size, size), torch.zeros(size, size) if self.was else None
         count = 0
         for index, batch in enumerate(self.ctx.calibration):
             x = self.now.values(block, index, batch, [source])[source].flatten(0, -2).float()
             gram.addmm_(x.T, x)
             count += len(x)
+            for node, weights in wanted.items():
+                for of_group, w in zip(grams[node], weights[index].T, strict=True):
+                    of_group.addmm_((x * w[:, None]).T, x)
             if self.was is not None and cross is not None:
                 exact = self.twin[_unrounded(source)]
                 cross.addmm_(self.was.values(self._twin(block), index, batch, [exact])[exact].flatten(0, -2).float().T, x)
         if not torch.isfinite(gram).all():
             raise DataError("the inputs of a layer are not finite on the calibration data", where=edit.module_path(source))
-        layers = [self.pending[node] for node in block.nodes if node in self.pending and node.args[0] is source]
-        return Inputs(layers, gram / max(count, 1), None if cross is None else cross / max(count, 1))
+        n = max(count, 1)
+        return Inputs(layers, gram / n, None if cross is None else cross / n, {node: found / n for node, found in grams.items()})
 
     def _advance(self, block: Block) -> None:
         """Let both streams enter the next block."""
@@ -123,6 +132,16 @@ class Prefix:
     def _twin(self, block: Block) -> Block:
         """A block of the model as it was."""
         return Block(*(tuple(self.twin[node] for node in part) for part in (block.nodes, block.entry, block.exit)))
+
+
+def exact_copy(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
+    """A graph over the same tensors that does not round activations, and where each node went."""
+    copy = edit.copied(gm)
+    twin = dict(zip(gm.graph.nodes, copy.graph.nodes, strict=True))
+    for node in list(copy.graph.nodes):
+        if _unrounded(node) is not node:
+            edit.replace(node, _unrounded(node))
+    return copy, twin
 
 
 def _unrounded(node: Node) -> Node:

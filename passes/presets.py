@@ -41,7 +41,7 @@ def weight_only(
     Args:
         group: weights that share a scale; -1 for one scale per output channel.
         symmetric: without zero points.
-        rounding: "gptq" (needs calibration data) or "nearest".
+        rounding: "nearest", or another method of `round_weights`, which needs calibration data.
         ignore: layers to leave out.
         head: quantize output heads too.
         embeddings: quantize embeddings too.
@@ -72,7 +72,7 @@ def both(
             with searched quantiles), "balance" (block transforms in closed form) or "learned" (scales and clips). All but "none" rotate.
         dynamic: activations get a scale per token at run time; else one per tensor, from calibration data.
         quantile: of |x|, to which static ranges are clipped.
-        rounding: "nearest", or "gptq" (needs calibration data).
+        rounding: "nearest", or another method of `round_weights`, which needs calibration data.
         ignore: layers to leave out.
         head: quantize output heads too.
         embeddings: quantize embeddings too.
@@ -85,11 +85,11 @@ def both(
     if not dynamic:
         # Statistics come after the weights are rounded, so that they describe the model that will run.
         return Pipeline((*steps, RoundWeights(rounding), Observe(), Quantize(quantile), *_cached(cache)))
-    if rounding != "gptq":
+    if rounding == "nearest":
         return Pipeline((*steps, RoundWeights(rounding), Quantize(), *_cached(cache)))
     clipped = () if transform == "learned" else (ClipActivations(),)  # which learns them with the scales
-    # GPTQ sees inputs as they will be rounded.
-    return Pipeline((*steps, *clipped, Quantize(weights=False), RoundWeights(propagation=PROPAGATION), *_cached(cache)))
+    # The method sees inputs as they will be rounded.
+    return Pipeline((*steps, *clipped, Quantize(weights=False), RoundWeights(rounding, propagation=PROPAGATION), *_cached(cache)))
 
 
 def mixed(
@@ -115,7 +115,7 @@ def mixed(
         widths: to choose among.
         groups: sizes to choose among of groups that share a scale; -1 for one scale per output channel.
         transform: "rotate" (the residual stream and the values, folded into the weights) or "none".
-        rounding: "learned" on the model's own divergence, "gptq" or "nearest".
+        rounding: "learned" on the model's own divergence, or a method of `round_weights`.
         steps: of the learned rounding.
         own_text: the model writes as much text as it is calibrated on, and is calibrated on both.
         file: of predicted losses, as of `assign_bits`.
@@ -127,9 +127,8 @@ def mixed(
         raise OptionError(f"there is no transform {transform!r}", where="mixed(transform=...)", remedy=f"there are {list(OFFLINE_ONLY)}")
     marks = Annotate("W4A16", group=64, symmetric=False, ignore=cast("tuple[str, ...]", ignore), head=head)
     assigned = AssignBits(bits, bytes, cast("tuple[int, ...]", widths), cast("tuple[int, ...]", groups), file=file)
-    rounded = (
-        LearnRounding(steps) if rounding == "learned" else RoundWeights(rounding, propagation=PROPAGATION if rounding == "gptq" else 0.0)
-    )
+    propagation = None if rounding == "nearest" else PROPAGATION
+    rounded = LearnRounding(steps) if rounding == "learned" else RoundWeights(rounding, propagation=propagation)
     written = (SampleText(),) if own_text else ()
     return Pipeline((*OFFLINE_ONLY[transform], *written, marks, assigned, rounded, *_cached(cache)))
 

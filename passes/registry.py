@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ir.errors import OptionError
 from passes.base import Pass
-from passes.calls import parse_calls
+from passes.calls import fits, parse_calls
 
 if TYPE_CHECKING:
     from passes.backend import Backend
@@ -75,19 +75,13 @@ def build(name: str, options: dict[str, Any], where: str) -> Pass:
         )
     parameters = inspect.signature(known[name]).parameters
     for option, value in options.items():
-        if option in parameters and not _fits(value, parameters[option].default):
+        if option in parameters and not fits(value, parameters[option].default):
             kind = type(parameters[option].default).__name__
             raise OptionError(f"{name}({option}={value!r}): the option is a {kind}", where=where)
     try:
         return known[name](**options)
     except TypeError as error:
         raise OptionError(f"{name}: {error}", where=where, remedy=f"its options are {', '.join(map(str, parameters.values()))}") from error
-
-
-def _fits(value: object, default: object) -> bool:
-    """Whether a literal can stand where an option has this default; where that is None or another object, the pass has to say."""
-    accepted = {bool: (bool,), int: (int,), float: (int, float), str: (str,), tuple: (tuple, list)}.get(type(default))
-    return accepted is None or (isinstance(value, accepted) and (not isinstance(value, bool) or bool in accepted))
 
 
 def backend(text: str) -> "Backend":

@@ -8,7 +8,7 @@ from torch import Tensor
 from ir import numerics
 from ir.encoding import Encoding
 from ir.hadamard import largest_block, orders
-from ir.rounding import GPTQ, Nearest, Rounding
+from ir.rounding import GPTQ, Evidence, Nearest, Rounding
 from ir.smoothing import N1, N2, Policy, layer_error, magnitude, product, rounded, scales, transformed, weight_magnitude
 from tools.block_stages import stages
 from tools.scale_learning import Layer, Learned, Recipe, learn, learn_best
@@ -96,7 +96,7 @@ def clipped(found: Learned) -> Family:
 def by(rounding: Rounding, clip: Tensor | float, prepare: Callable[[Tensor], Tensor], W: Tensor, at: Place) -> Quantized:
     """Weights rounded by a method that sees the quantized activations of the train part."""
     Q = rounded(prepare(at.train), 4, clip)
-    codes, qparams = rounding.round_weight(W, CHANNEL, Q.T @ Q if isinstance(rounding, GPTQ) else None)
+    codes, qparams = rounding.round_weight(W, CHANNEL, Evidence(gram=Q.T @ Q if isinstance(rounding, GPTQ) else None))
     return Quantized(lambda x: rounded(prepare(x), 4, clip), numerics.dequantize(codes, qparams, CHANNEL))
 
 

@@ -5,13 +5,14 @@ import pytest
 import torch
 from torch import nn
 
+import passes
 from ir import edit, numerics
 from ir.capture import capture
 from ir.encoding import Encoding
-from ir.errors import DataError
+from ir.errors import DataError, OptionError
 from ir.match import find
 from ir.ops import DEQUANTIZE
-from ir.rounding import GPTQ, Nearest
+from ir.rounding import GPTQ, METHODS, Evidence, Nearest
 from ir.sites import layers, quantized, stored_weight
 from tests.families import LAYERS, load
 from tests.passes.samples import CALIBRATION, Mlp, run, tokens, vectors
@@ -62,7 +63,7 @@ def by_hooks(prefix_rounded):
                 hook.remove()
                 for path in paths:
                     linear = model.get_submodule(path)
-                    found[path], qparams = GPTQ().round_weight(linear.weight, ENCODING, gram / count)
+                    found[path], qparams = GPTQ().round_weight(linear.weight, ENCODING, Evidence(gram=gram / count))
                     linear.weight.copy_(numerics.dequantize(found[path], qparams, ENCODING))
     return found
 
@@ -111,9 +112,9 @@ def test_readers_of_one_tensor_get_one_gram_matrix(monkeypatch):
     grams = []
     original = GPTQ.round_weight
 
-    def spy(self, W, encoding, gram=None):
-        grams.append(gram)
-        return original(self, W, encoding, gram)
+    def spy(self, W, encoding, evidence):
+        grams.append(evidence.gram)
+        return original(self, W, encoding, evidence)
 
     monkeypatch.setattr(GPTQ, "round_weight", spy)
     gm = load("llama").graph()
@@ -148,7 +149,7 @@ def test_embeddings_are_rounded_before_the_linears_that_depend_on_them():
         for batch in CALIBRATION:
             model(**batch)
     x = torch.cat(seen)
-    expected, _ = GPTQ().round_weight(q.weight.detach(), encoding, x.T @ x / len(x))
+    expected, _ = GPTQ().round_weight(q.weight.detach(), encoding, Evidence(gram=x.T @ x / len(x)))
     assert (found["model.layers.0.self_attn.q_proj"] == expected).float().mean() > 0.99
 
 
@@ -200,3 +201,88 @@ def test_any_module_is_rounded():
     assert records[-1].sites == 4
     assert 0 < records[-1].difference < 0.2
     assert len(find(gm, DEQUANTIZE)) == 4
+
+
+# What each method asks of the encoding, and options of its own.
+MADE = {
+    "nearest": ("W2A16", False, "search=True"),
+    "gptq": ("W2A16", False, "damping=0.02, act_order=True, search=False, sweeps=1, propagation=0.5"),
+    "gptaq": ("W2A16", False, "act_order=True, propagation=0.5"),
+    "qronos": ("W2A16", False, "damping=0.001"),
+    "guided": ("W2A16", False, "groups=2, propagation=0.25"),
+    "yaqa": ("W2A16", False, "damping=0.05, sweeps=1"),
+    "exact_scales": ("W2A16", False, "search=False, sweeps=2"),
+    "ternary": ("W2A16", True, "act_order=True"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_compiles_a_model(method):
+    scheme, symmetric, options = MADE[method]
+    annotate = f"canonicalize, untie, annotate(scheme={scheme!r}, group=32, symmetric={symmetric})"
+    made = [
+        passes.compile(load("llama").captured, f"{annotate}, round_weights({given})", CALIBRATION)
+        for given in ("method='nearest'", f"method={method!r}", f"method={method!r}, {options}")
+    ]
+    nearest, plain, other = (compiled.trace[-1].difference for compiled in made)
+    assert plain < nearest or method == "nearest"
+    assert other < nearest
+    assert all(compiled.trace[-1].sites == 7 * LAYERS for compiled in made)
+    if method == "ternary":
+        assert {int(code) for found in codes(made[1].graph).values() for code in found.unique()} == {-1, 0, 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("method='nearest', damping=0.1", "'nearest' has no option damping"),
+        ("method='nearest', sweeps=1", "'nearest' has no option sweeps"),
+        ("method='exact_scales', act_order=True", "'exact_scales' has no option act_order"),
+        ("method='ternary', search=True", "'ternary' has no option search"),
+        ("method='yaqa', groups=2", "'yaqa' has no option groups"),
+        ("groups=2", "'gptq' has no option groups"),
+        ("method='nearest', propagation=0.5", "nearest does not look at inputs"),
+        ("method='nothing'", "there is no rounding 'nothing'"),
+        ("sweeps=1.5", "the option is a int"),
+        ("act_order=1", "the option is a bool"),
+        ("damping='much'", "the option is a float"),
+        ("damping=1.5", "damping is a share"),
+        ("propagation=True", "propagation lies from 0 to 1"),
+        ("propagation=1.5", "propagation lies from 0 to 1"),
+    ],
+)
+def test_options_that_a_method_does_not_have_are_refused(options, message):
+    with pytest.raises(OptionError, match=message):
+        passes.Pipeline.parse(f"round_weights({options})")
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if METHODS[method].needs])
+def test_every_method_that_looks_at_data_needs_them(method):
+    gm = load("llama").graph()
+    with pytest.raises(DataError, match=f"method='{method}'.* needs calibration data"):
+        run(gm, f"{ANNOTATE}, round_weights(method={method!r})")
+
+
+@pytest.mark.parametrize("method", ["gptaq", "qronos"])
+def test_towards_exact_outputs_without_a_share_is_gptq(method):
+    given = (f"method={method!r}, propagation=0.0", "method='gptq'")
+    found, expected = (codes(rounded(f"round_weights({options}, damping=0.01, search=False)")) for options in given)
+    for layer in range(LAYERS):
+        assert agreement(found, expected, layer) > 0.97
+
+
+@pytest.mark.parametrize("method", ["guided", "yaqa"])
+def test_any_module_is_rounded_by_its_gradients(method):
+    gm = capture(Residual(), args=(vectors(width=16),))
+    records, _ = run(
+        gm, f"canonicalize, untie, annotate(scheme='W4A16', group=16), round_weights(method={method!r})", [vectors(1, 200, 16)]
+    )
+    assert records[-1].sites == 4
+    assert 0 < records[-1].difference < 0.2
+
+
+def test_gradients_go_past_activations_that_are_rounded():
+    gm = load("llama").graph()
+    annotate = "canonicalize, untie, annotate(scheme='W4A8'), quantize(weights=False)"
+    records, _ = run(gm, f"{annotate}, round_weights(method='yaqa', propagation=0.25)", CALIBRATION)
+    assert 0 < records[-1].difference < 0.5

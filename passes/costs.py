@@ -16,9 +16,11 @@ from ir.rounding import Evidence, Rounding
 from ir.sites import Layer
 from passes.base import Context
 from passes.gradients import output_sensitivity
-from passes.prefix import Prefix
+from passes.observation import sampled
+from passes.prefix import still_inputs
 
 FORMAT = "fxpress-costs-1"
+TOKENS = 32768  # of the calibration data, that inputs are taken from
 Costs = dict[tuple[str, str], float]  # by the path of a layer and the text of an encoding
 
 
@@ -48,7 +50,7 @@ def _costs(
     gm: GraphModule, ctx: Context, options: Mapping[Layer, Sequence[Encoding]], rounding: Rounding, feels: Mapping[object, Tensor] | None
 ) -> Costs:
     found: Costs = {}
-    for inputs in Prefix(gm, ctx, {layer.node: layer for layer in options}).inputs("predict"):
+    for inputs in still_inputs(gm, sampled(ctx, TOKENS), {layer.node: layer for layer in options}, "predict"):
         for layer in inputs.layers:
             W = edit.attribute(gm, layer.weight).detach().float()
             weighed = feels[layer.node] if feels is not None else torch.ones(len(W)) / _squares(W, inputs.gram).sum().clamp_min(1e-30)

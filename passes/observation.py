@@ -1,6 +1,7 @@
 """Streaming runs over the calibration data: what passes learn of a graph's values."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from ir import evaluate
 from ir.sites import readers
 from ir.statistics import Statistics
 from passes.base import Context
+from passes.calibration import tokens_in
+
+TOKENS = 16384  # that tell mean squares well enough
 
 
 def watch(gm: GraphModule, ctx: Context, sources: Collection[Node], take: Callable[[Node, Tensor], None], doing: str) -> None:
@@ -41,6 +45,23 @@ def tokens_of(value: Tensor, ctx: Context, count: int) -> Tensor:
     return rows[torch.linspace(0, len(rows) - 1, share).long()]
 
 
+def sampled(ctx: Context, tokens: int) -> Context:
+    """A context with about that many tokens of the calibration data, spread over all batches; itself if it has no more."""
+    share = tokens / max(sum(map(tokens_in, ctx.calibration)), 1)
+    if share >= 1:
+        return ctx
+    fewer = [[value[: _rows(batch, share)] if _batched(value, batch) else value for value in batch] for batch in ctx.calibration]
+    return replace(ctx, calibration=fewer)
+
+
+def _rows(batch: Sequence[Tensor], share: float) -> int:
+    return max(1, round(share * len(batch[0])))
+
+
+def _batched(value: Tensor, batch: Sequence[Tensor]) -> bool:
+    return bool(value.ndim) and len(value) == len(batch[0])
+
+
 def observed(gm: GraphModule, ctx: Context, *, gram: bool = False, sketch: bool = True) -> Statistics:
     """Statistics of the inputs of all linears over the calibration data, by the path of the first layer that reads each tensor."""
     sources = {source: found[0].path for source, found in readers(gm).items()}
@@ -51,5 +72,5 @@ def observed(gm: GraphModule, ctx: Context, *, gram: bool = False, sketch: bool 
 
 def mean_squares(gm: GraphModule, ctx: Context, sources: Collection[Node]) -> dict[Node, Tensor]:
     """`E[x²] [channels]` of tensors that linears read, float32, from the statistics there are or a run of its own."""
-    statistics = ctx.statistics or observed(gm, ctx, sketch=False)
+    statistics = ctx.statistics or observed(gm, sampled(ctx, TOKENS), sketch=False)
     return {source: statistics[found[0].path].second_moment.float() for source, found in readers(gm).items() if source in sources}

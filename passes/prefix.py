@@ -15,6 +15,7 @@ from ir.errors import DataError
 from ir.ops import DEQUANTIZE, QUANTIZE
 from ir.sites import Layer
 from passes.base import Context
+from passes.calibration import tokens_in
 
 Values = dict[Node, Any]
 Weights = Mapping[Node, Sequence[Tensor]]
@@ -108,10 +109,10 @@ class Prefix:
             if self.was is not None and cross is not None:
                 exact = self.twin[_unrounded(source)]
                 cross.addmm_(self.was.values(self._twin(block), index, batch, [exact])[exact].flatten(0, -2).float().T, x)
-        if not torch.isfinite(gram).all():
-            raise DataError("the inputs of a layer are not finite on the calibration data", where=edit.module_path(source))
         n = max(count, 1)
-        return Inputs(layers, gram / n, None if cross is None else cross / n, {node: found / n for node, found in grams.items()})
+        return Inputs(
+            layers, _finite(gram, source) / n, None if cross is None else cross / n, {node: found / n for node, found in grams.items()}
+        )
 
     def _advance(self, block: Block) -> None:
         """Let both streams enter the next block."""
@@ -132,6 +133,38 @@ class Prefix:
     def _twin(self, block: Block) -> Block:
         """A block of the model as it was."""
         return Block(*(tuple(self.twin[node] for node in part) for part in (block.nodes, block.entry, block.exit)))
+
+
+def still_inputs(gm: GraphModule, ctx: Context, pending: dict[Node, Layer], doing: str) -> Iterator[Inputs]:
+    """The inputs of all pending layers of a graph that does not change meanwhile, tensor by tensor: every block runs once.
+
+    Memory holds the stream of all samples, one block's activations of one batch, and the Gram matrices of one block.
+    """
+    outside, cut = blocks(gm)
+    stream = _Stream(gm, outside, [{} for _ in ctx.calibration])
+    for block in ctx.track(cut, doing):
+        readers: dict[Node, list[Layer]] = {}
+        for node in block.nodes:
+            if node in pending:
+                readers.setdefault(pending[node].site("input").operand, []).append(pending[node])
+        grams = {source: torch.zeros(2 * (edit.value(source).shape[-1],)) for source in readers}
+        exit_ = () if block is cut[-1] else block.exit
+        count = 0
+        for index, batch in enumerate(ctx.calibration):
+            values = stream.values(block, index, batch, [*readers, *exit_])
+            for source, gram in grams.items():
+                x = values[source].flatten(0, -2).float()
+                gram.addmm_(x.T, x)
+            stream.entering[index] = {node: values[node] for node in exit_}
+            count += tokens_in(batch)
+        for source, layers in readers.items():
+            yield Inputs(layers, _finite(grams[source], source) / max(count, 1), None)
+
+
+def _finite(gram: Tensor, source: Node) -> Tensor:
+    if not torch.isfinite(gram).all():
+        raise DataError("the inputs of a layer are not finite on the calibration data", where=edit.module_path(source))
+    return gram
 
 
 def exact_copy(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:

@@ -67,19 +67,31 @@ class Draft:
         self.encoding = self.grid.encoding
         self.group = self.encoding.block_shape((self.codes.shape[1], self.codes.shape[0]))[1]
         self.single = replace(self.encoding, block=(1,))
+        self.known: dict[int, QParams] = {}
 
     def set_group(self, group: int, chosen: QParams) -> None:
         """Store the parameters of one group, as chosen from its columns."""
         self.qparams.scale[:, group] = chosen.scale[:, 0]
         if self.qparams.zero_point is not None and chosen.zero_point is not None:
             self.qparams.zero_point[:, group] = chosen.zero_point[:, 0]
+        self.known.pop(group, None)
+
+    def set_scale(self, group: int, scale: Tensor) -> None:
+        """Store the scales of one group."""
+        self.qparams.scale[:, group] = scale
+        self.known.pop(group, None)
 
     def at(self, group: int) -> QParams:
-        """The parameters of one group, `[N]` or `[1]`."""
-        rows = (self.codes.shape[1], 1)
-        scale = numerics.expand(self.qparams.scale[:, group, None], self.encoding, rows)[:, 0]
-        z = self.qparams.zero_point
-        return QParams(scale, None if z is None else numerics.expand(z[:, group, None], self.encoding, rows)[:, 0])
+        """The parameters of one group, float32 `[N]` or `[1]`."""
+        if group not in self.known:
+            rows = (self.codes.shape[1], 1)
+            scale, z = (
+                None if own is None else numerics.expand(own[:, group, None], self.encoding, rows)[:, 0].float()
+                for own in (self.qparams.scale, self.qparams.zero_point)
+            )
+            assert scale is not None
+            self.known = {group: QParams(scale, z)}
+        return self.known[group]
 
     def round(self, column: int, values: Tensor) -> Tensor:
         """Store the codes of one column's `values [N]`; returns what they stand for."""

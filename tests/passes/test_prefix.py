@@ -1,8 +1,9 @@
+import pytest
 import torch
 
 from ir import edit, evaluate
 from ir.sites import layers
-from passes.prefix import Prefix
+from passes.prefix import Prefix, still_inputs
 from tests.families import load
 from tests.passes.samples import CALIBRATION, run
 
@@ -20,10 +21,13 @@ def tapped(gm, ctx, node):
     return torch.cat([value.flatten(0, -2) for value in found]).double()
 
 
-def test_every_layer_gets_the_second_moments_of_its_input():
+@pytest.mark.parametrize(
+    "inputs_of", [lambda gm, ctx, pending: Prefix(gm, ctx, pending).inputs("test"), lambda *given: still_inputs(*given, "test")]
+)
+def test_every_layer_gets_the_second_moments_of_its_input(inputs_of):
     gm, ctx, pending = prepared("annotate")
     seen = []
-    for inputs in Prefix(gm, ctx, pending).inputs("test"):
+    for inputs in inputs_of(gm, ctx, pending):
         x = tapped(gm, ctx, inputs.layers[0].site("input").operand)
         torch.testing.assert_close(inputs.gram.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
         assert inputs.cross is None

@@ -158,7 +158,7 @@ def still_inputs(gm: GraphModule, ctx: Context, pending: dict[Node, Layer], doin
             stream.entering[index] = {node: values[node] for node in exit_}
             count += tokens_in(batch)
         for source, layers in readers.items():
-            yield Inputs(layers, _finite(grams[source], source) / max(count, 1), None)
+            yield Inputs(layers, _finite(grams[source], source) / max(count, 1), None, {})
 
 
 def _finite(gram: Tensor, source: Node) -> Tensor:

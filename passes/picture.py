@@ -13,9 +13,9 @@ from passes.grid import grid, merged
 
 Rows = Sequence[Mapping[str, Any]]
 
-# Of 1 to 8 bits, eight even steps of viridis: brighter is wider, to every reader. Terminal and plots share them.
-COLOURS = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
-DARK = 5  # up to this width the colour needs white text
+# Of 1 to 8 bits, from viridis: brighter is wider, to every reader; narrow widths, the most common, are furthest apart. Plots use them too.
+COLOURS = ("#440154", "#414487", "#2a788e", "#22a884", "#44bf70", "#7ad151", "#bddf26", "#fde725")
+DARK = 3  # up to this width the colour needs white text
 GREATEST = 6  # contributions that are shown
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -24,7 +24,7 @@ def widths(rows: Rows) -> list[RenderableType]:
     """The grid of widths, equal neighbouring layers in one row."""
     found = merged(grid({str(row["layer"]): Encoding.parse(str(row["encoding"])) for row in rows}))
     groups = len({encoding.block for _, own in found.rows for encoding in own if encoding})
-    title = "widths in bits" + ("; after a dot the weights of a group, where it is not a whole channel" if groups > 1 else "")
+    title = "widths in bits" + (", after a dot the size of groups" if groups > 1 else "")
     table = Table(f"{found.shared}*" if found.shared else "", title=title, title_justify="left")
     for column in found.columns:
         table.add_column(column, justify="center")

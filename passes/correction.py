@@ -18,7 +18,7 @@ class Look:
     Args:
         allocation: what was measured.
         divergence: `K(all)`, the KL of the model from itself with every site rounded.
-        marginals: `K(all) − K(all∖i)` for each site: what it adds to the others.
+        marginals: `K(all) − K(all∖i)` for each site: what it adds to the others; none of an allocation that is not taken.
     """
 
     allocation: Allocation
@@ -38,12 +38,16 @@ class Pair:
 def corrected(problem: Problem, trial: Trial, rounds: int) -> list[Look]:
     """Solve, measure, correct the predictions, solve again; all that was measured, in order. `best` picks one.
 
-    A round stops the search if it finds an allocation that was measured before.
+    The search ends with an allocation that measures no less, or was measured before: the next round would find it again.
     """
     looks = [look(problem.solve(), trial)]
     for _ in range(rounds):
         found = problem.solve(factors(best(looks)))
         if any(found.choice.picks == seen.allocation.choice.picks for seen in looks):
+            break
+        (divergence,) = trial.divergences([found.marks()])
+        if divergence >= best(looks).divergence:
+            looks.append(Look(found, divergence, ()))
             break
         looks.append(look(found, trial))
     return looks

@@ -61,5 +61,5 @@ def test_factors_are_relative_and_bounded(problem):
     doubled = [2 * cost for cost in seen.costs]
     assert factors(Look(seen, 9.0, doubled)) == pytest.approx([1, 1, 1])
     low, high = BOUNDS
-    assert factors(Look(seen, 9.0, [-1.0, 9.0, 1.0])) == pytest.approx([low, high, 1])
+    assert factors(Look(seen, 9.0, [-1.0, 4.0, 1.0])) == pytest.approx([low**0.5, high**0.5, 1.5])
     assert factors(Look(seen, 0.0, [0.0, 0.0, 0.0])) == [1, 1, 1]

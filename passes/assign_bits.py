@@ -1,6 +1,5 @@
 """`assign_bits`: choose the width of every weight by what its rounding costs the whole model, under one budget."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,20 +7,21 @@ from typing import ClassVar
 
 from torch.fx import GraphModule, Node
 
-from ir import edit, knapsack
+from ir import edit
 from ir.encoding import Encoding, Int
 from ir.errors import CoverageError, DataError, OptionError
-from ir.knapsack import Choice, Option
 from ir.rounding import GPTQ, Nearest, Rounding
 from ir.sites import Layer
-from ir.weights import stored_bits, unrounded
-from passes import costs
+from ir.weights import unrounded
+from passes import correction, costs, findings
+from passes.allocation import Allocation, Marks, Problem, Site, size, weights_in
 from passes.base import Context, Effect, Pass
 from passes.report import coverage
+from passes.trial import Trial, hold_out
+from passes.units import NATS
 
-LOSSES = ("model", "layer")
 ROUNDINGS: dict[str, Rounding] = {"gptq": GPTQ(sweeps=0), "nearest": Nearest(search=True)}
-Marks = tuple[Encoding, ...]  # one for each layer of a site
+UNITS = {"model": NATS, "layer": "relative errors"}
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,13 @@ class AssignBits(Pass):
     rounding really leaves. Options are chosen by an exact knapsack (HiGHS), whose bound is reported. Linears that read one tensor share
     their encoding, since runtimes fuse them.
 
+    `measure` holds tokens out of the predictions and measures on them: the KL `K(all)` of the model from itself with all chosen encodings;
+    with one site at a time in floating point, what each adds, `K(all) − K(all∖i)`; and for pairs of the greatest
+    `K(all) − K(all∖i) − K(all∖j) + K(all∖{i,j})`. A correction multiplies the predicted costs of a site by measured over predicted and
+    solves again; the allocation that measured least is kept. Weights are rounded as for the predictions.
+
     Limits: 1. widths of weights only, activations keep theirs; 2. whole linears: columns of one linear share a width; 3. interactions
-    between layers are not predicted.
+    between layers are not predicted, and only measured for weights, with activations in floating point.
 
     Args:
         bits: budget: bits per weight of the annotated linears, with scales and zero points.
@@ -54,6 +59,8 @@ class AssignBits(Pass):
         rounding: that predictions are made with, "gptq" or "nearest".
         tokens: that gradients are taken from.
         file: load predictions from this file if it exists, else write them there: another budget is then chosen in seconds.
+        measure: tokens held out to measure on, at most half of the samples; 0 measures nothing.
+        corrections: rounds of measuring, correcting and solving again.
         seed: of what is drawn.
 
     Raises:
@@ -71,6 +78,8 @@ class AssignBits(Pass):
     rounding: str = "gptq"
     tokens: int = 8192
     file: str = ""
+    measure: int = 0
+    corrections: int = 0
     seed: int = 0
     effect: ClassVar[Effect] = Effect.ANNOTATE
 
@@ -83,13 +92,19 @@ class AssignBits(Pass):
             raise OptionError(f"widths are whole numbers from 1 to 8, not {list(self.widths)}", where="assign_bits(widths=...)")
         if any(type(group) is not int or (group < 1 and group != -1) for group in self.groups):
             raise OptionError(f"groups have at least one weight, or are -1, not {list(self.groups)}", where="assign_bits(groups=...)")
-        for given, known in ((self.loss, LOSSES), (self.rounding, tuple(ROUNDINGS))):
+        if self.measure < 0 or self.corrections < 0:
+            raise OptionError("tokens to measure on and corrections are not negative", where="assign_bits")
+        if self.corrections and not self.measure:
+            raise OptionError(
+                "corrections are measured", where="assign_bits(corrections=...)", remedy="give measure=4096, a number of tokens"
+            )
+        for given, known in ((self.loss, tuple(UNITS)), (self.rounding, tuple(ROUNDINGS))):
             if given not in known:
                 raise OptionError(f"{given!r} is not one of {list(known)}", where="assign_bits")
 
     def needs(self, ctx: Context) -> None:
-        """Calibration data, or a file of costs."""
-        if not ctx.calibration and not (self.file and Path(self.file).exists()):
+        """Calibration data, or a file of costs if nothing is measured."""
+        if not ctx.calibration and (self.measure or not (self.file and Path(self.file).exists())):
             raise DataError("assign_bits needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
 
     def requires(self, gm: GraphModule, ctx: Context) -> None:
@@ -97,29 +112,40 @@ class AssignBits(Pass):
         sites = self._sites(gm)
         if not sites:
             raise OptionError("assign_bits needs annotated linears", remedy="put annotate before assign_bits")
-        least = sum(min(_size(site, marks) for marks in self._options(ctx, site)) for site in sites)
+        least = sum(min(size(site, marks) for marks in self._options(ctx, site)) for site in sites)
         if least > self._budget(gm):
-            nearest = f"bytes={-(-least // 8) + _rest(gm)}" if self.bytes else f"bits={-(-1000 * least // _elements(sites)) / 1000}"
+            weights = sum(map(weights_in, sites))
+            nearest = f"bytes={-(-least // 8) + _rest(gm)}" if self.bytes else f"bits={-(-1000 * least // weights) / 1000}"
             raise OptionError(f"no choice of widths fits into {self}", remedy=f"the least budget is {nearest}, or give smaller widths")
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
-        """Predict, choose, annotate; returns the number of linears whose encoding changes."""
+        """Predict, choose, perhaps measure, annotate; returns the number of linears whose encoding changes."""
         sites = self._sites(gm)
         options = [self._options(ctx, site) for site in sites]
-        found = self._costs(gm, ctx, sites, options)
-
-        def priced(site: Sequence[Layer], marks: Marks) -> Option:
-            return Option(sum(found[layer.path, str(mark)] for layer, mark in zip(site, marks, strict=True)), _size(site, marks))
-
-        table = [[priced(site, marks) for marks in choices] for site, choices in zip(sites, options, strict=True)]
-        choice = knapsack.solve(table, self._budget(gm))
-        taken = [own[pick] for own, pick in zip(options, choice.picks, strict=True)]
-        chosen = [pair for site, marks in zip(sites, taken, strict=True) for pair in zip(site, marks, strict=True)]
-        changed = sum(layer.site("weight").encoding != mark for layer, mark in chosen)
-        for layer, mark in chosen:
+        known, held = hold_out(ctx, self.measure, self.seed)
+        problem = Problem(sites, options, self._costs(gm, known, sites, options), self._budget(gm))
+        made = (
+            self._measured(ctx, problem, Trial(gm, known, held, ROUNDINGS[self.rounding])) if self.measure else self._chosen(ctx, problem)
+        )
+        chosen = made.marks()
+        changed = sum(layer.site("weight").encoding != mark for layer, mark in chosen.items())
+        for layer, mark in chosen.items():
             layer.site("weight").annotate(mark)
-        self._say(ctx, choice, chosen, found)
         return changed
+
+    def _chosen(self, ctx: Context, problem: Problem) -> Allocation:
+        """By prediction alone."""
+        made = problem.solve()
+        findings.tell(ctx, made, UNITS[self.loss])
+        return made
+
+    def _measured(self, ctx: Context, problem: Problem, trial: Trial) -> Allocation:
+        """By prediction, corrected by what was measured."""
+        looks = correction.corrected(problem, trial, self.corrections)
+        taken = correction.best(looks)
+        findings.tell(ctx, taken.allocation, UNITS[self.loss])
+        findings.tell_measures(ctx, looks, correction.interactions(taken, trial), UNITS[self.loss])
+        return taken.allocation
 
     def _sites(self, gm: GraphModule) -> list[list[Layer]]:
         """The annotated linears that share a choice, in graph order."""
@@ -129,7 +155,7 @@ class AssignBits(Pass):
                 found.setdefault(layer.site("input").operand if self.fused else layer.node, []).append(layer)
         return list(found.values())
 
-    def _options(self, ctx: Context, site: Sequence[Layer]) -> list[Marks]:
+    def _options(self, ctx: Context, site: Site) -> list[Marks]:
         """What a site may become on this backend, each width with each group."""
         made: dict[Marks, None] = {}
         reasons = set()
@@ -147,14 +173,15 @@ class AssignBits(Pass):
 
     def _budget(self, gm: GraphModule) -> int:
         """In bits of codes, scales and zero points."""
-        return 8 * (self.bytes - _rest(gm)) if self.bytes else int(self.bits * _elements(self._sites(gm)) + 1e-6)
+        return 8 * (self.bytes - _rest(gm)) if self.bytes else int(self.bits * sum(map(weights_in, self._sites(gm))) + 1e-6)
 
     @property
     def _made(self) -> dict[str, str | int]:
         """The options that predictions depend on."""
-        return {"loss": self.loss, "rounding": self.rounding, "tokens": self.tokens, "seed": self.seed}
+        made: dict[str, str | int] = {"loss": self.loss, "rounding": self.rounding, "tokens": self.tokens, "seed": self.seed}
+        return made | ({"held": self.measure} if self.measure else {})
 
-    def _costs(self, gm: GraphModule, ctx: Context, sites: Sequence[Sequence[Layer]], options: Sequence[Sequence[Marks]]) -> costs.Costs:
+    def _costs(self, gm: GraphModule, ctx: Context, sites: Sequence[Site], options: Sequence[Sequence[Marks]]) -> costs.Costs:
         """Predicted, or read from a file."""
         wanted = {
             layer: [marks[place] for marks in own] for site, own in zip(sites, options, strict=True) for place, layer in enumerate(site)
@@ -177,21 +204,6 @@ class AssignBits(Pass):
             costs.save(found, self._made, Path(self.file))
         return found
 
-    def _say(self, ctx: Context, choice: Choice, chosen: Sequence[tuple[Layer, Encoding]], found: costs.Costs) -> None:
-        """What was chosen, in the report."""
-        elements = Counter[str]()
-        for layer, mark in chosen:
-            elements[str(mark)] += edit.value(layer.weight).numel()
-        total = sum(elements.values())
-        unit = "nats a token" if self.loss == "model" else "relative errors"
-        spent = f"{choice.size / total:.3f} bits a weight, {choice.cost:.4g} {unit} predicted"
-        ctx.notes.append(f"assign_bits: {spent}, no choice below {choice.bound:.4g}")
-        ctx.notes.append("assign_bits: " + ", ".join(f"{mark} {count / total:.1%}" for mark, count in sorted(elements.items())))
-        ctx.tables["widths"] = [
-            {"layer": layer.path, "encoding": str(mark), "weights": edit.value(layer.weight).numel(), unit: found[layer.path, str(mark)]}
-            for layer, mark in chosen
-        ]
-
 
 def _marked(layer: Layer, width: int, group: int | None) -> Encoding:
     """The layer's encoding with another width, and another group."""
@@ -207,14 +219,6 @@ def _refusal(ctx: Context, layer: Layer, mark: Encoding) -> str | None:
     given = layer.site("input").encoding
     marks = {"weight": mark} if given is None else {"input": given, "weight": mark}
     return ctx.backend.supports(layer.kind, marks, tuple(edit.value(layer.weight).shape))
-
-
-def _size(site: Sequence[Layer], marks: Marks) -> int:
-    return sum(stored_bits(tuple(edit.value(layer.weight).shape), mark) for layer, mark in zip(site, marks, strict=True))
-
-
-def _elements(sites: Sequence[Sequence[Layer]]) -> int:
-    return sum(int(edit.value(layer.weight).numel()) for site in sites for layer in site)
 
 
 def _rest(gm: GraphModule) -> int:

@@ -1,4 +1,4 @@
-"""The command line: `fxpress compile | eval | generate | passes | inspect`. A command parses, calls and prints.
+"""The command line: `fxpress compile | eval | generate | passes | inspect | plot`. A command parses, calls and prints.
 
 What needs torch is imported inside of the commands, so that `--help` and bad usage are answered at once.
 """
@@ -182,6 +182,15 @@ def inspect_(
     if graph:
         typer.echo(graph_text(gm))
     _print(*inspection.tables(gm, ctx), *(f"note: {note}" for note in ctx.notes))
+
+
+@app.command("plot")
+def plot_(directory: Annotated[Path, typer.Argument(help="A folder that `fxpress compile` wrote, with a choice of widths.")]) -> None:
+    """Draw the widths of a compressed model, and the predicted loss over the budget, into its folder."""
+    from passes.plots import plot
+
+    for path in plot(directory):
+        typer.echo(path)
 
 
 def _print(*parts: Any) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from ir.errors import OptionError
 from passes.compiled import Compiled
 from passes.measure import Model, agreement, divergence, perplexity
+from passes.units import KL
 
 BATCH = 4  # windows at a time: logits of large vocabularies are large
 
@@ -24,7 +25,7 @@ def quality(model: Model, ids: Tensor, reference: Model | None = None) -> dict[s
         raise OptionError("the model has no logits to measure", where="--text", remedy="name a model with a language-modelling head")
     found = {"perplexity": perplexity(model, ids, BATCH)} if predicts(model) else {}
     if reference is not None:
-        found["KL from original"] = divergence(model, reference, ids, BATCH)
+        found[KL] = divergence(model, reference, ids, BATCH)
         found["same top token"] = agreement(model, reference, ids, BATCH)
     return found
 

@@ -103,6 +103,7 @@ def mixed(
     steps: int = LearnRounding.steps,
     own_text: bool = True,
     file: str = "",
+    measure: int = 0,
     ignore: Sequence[str] = (),
     head: bool = False,
     cache: int = 16,
@@ -119,6 +120,7 @@ def mixed(
         steps: of the learned rounding.
         own_text: the model writes as much text as it is calibrated on, and is calibrated on both.
         file: of predicted losses, as of `assign_bits`.
+        measure: tokens held out to measure the choice on, as of `assign_bits`.
         ignore: layers to leave out.
         head: quantize output heads too.
         cache: bits of the key/value cache, 2 to 8; 16 leaves it in floating point.
@@ -126,7 +128,7 @@ def mixed(
     if transform not in OFFLINE_ONLY:
         raise OptionError(f"there is no transform {transform!r}", where="mixed(transform=...)", remedy=f"there are {list(OFFLINE_ONLY)}")
     marks = Annotate("W4A16", group=64, symmetric=False, ignore=cast("tuple[str, ...]", ignore), head=head)
-    assigned = AssignBits(bits, bytes, cast("tuple[int, ...]", widths), cast("tuple[int, ...]", groups), file=file)
+    assigned = AssignBits(bits, bytes, cast("tuple[int, ...]", widths), cast("tuple[int, ...]", groups), file=file, measure=measure)
     propagation = None if rounding == "nearest" else PROPAGATION
     rounded = LearnRounding(steps) if rounding == "learned" else RoundWeights(rounding, propagation=propagation)
     written = (SampleText(),) if own_text else ()

@@ -11,7 +11,9 @@ from torch.fx import GraphModule
 
 from ir import edit
 from ir.sites import layers, quantized
+from passes import picture
 from passes.base import Record, Skip
+from passes.units import KL, NATS
 
 OTHERS = "parameters of operators without a quantized form (norms, biases, tables)"
 
@@ -100,6 +102,23 @@ class Report:
     target: dict[str, Any] = field(default_factory=dict)
     measures: dict[str, dict[str, float]] = field(default_factory=dict)
 
+    @property
+    def predicted(self) -> float | None:
+        """The KL of the model from itself that `assign_bits` predicted for its choice, nats a token; None where it did not."""
+        rows = self.tables.get("widths", [])
+        return sum(row[NATS] for row in rows) if rows and all(NATS in row for row in rows) else None
+
+    def measured(self) -> dict[str, dict[str, float]]:
+        """`measures`, the predicted divergence beside every one that was measured."""
+        found: dict[str, dict[str, float]] = {}
+        for name, values in self.measures.items():
+            row = found[name] = dict[str, float]()
+            for key, value in values.items():
+                row[key] = value
+                if key == KL and self.predicted is not None:
+                    row["KL predicted"] = self.predicted
+        return found
+
     def to_json(self) -> dict[str, Any]:
         """Plain data for `report.json`."""
         return {
@@ -124,7 +143,7 @@ class Report:
             "notes": list(self.notes),
             "tables": self.tables,
             "target": self.target,
-            "measures": self.measures,
+            "measures": self.measured(),
         }
 
     def page(self) -> list[RenderableType]:
@@ -139,11 +158,14 @@ class Report:
         sizes.add_row(f"compressed, {c.effective_bits:.3f} effective bits", f"{c.compressed / 1e6:.2f}", f"{c.share:.1%}")
         for reason, size in sorted(c.left.items(), key=lambda item: -item[1]):
             sizes.add_row(f"left: {reason}", f"{size / 1e6:.2f}", f"{size / max(c.total, 1):.1%}")
-        shown: list[RenderableType] = [passes, sizes, *(_table(title, rows) for title, rows in self.tables.items() if rows)]
+        shown: list[RenderableType] = [passes, sizes]
+        for title, rows in self.tables.items():
+            if rows:
+                shown += picture.DRAWN[title](rows) if title in picture.DRAWN else [_table(title, rows)]
         if self.measures:
-            columns = list(dict.fromkeys(key for values in self.measures.values() for key in values))
+            columns = list(dict.fromkeys(key for values in self.measured().values() for key in values))
             measures = Table("text", *columns, title_justify="left")
-            for name, values in self.measures.items():
+            for name, values in self.measured().items():
                 measures.add_row(name, *(f"{values[key]:.4g}" if key in values else "" for key in columns))
             shown.append(measures)
         return [*shown, *(f"note: {note}" for note in self.notes)]

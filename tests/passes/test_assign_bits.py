@@ -83,6 +83,52 @@ def test_costs_are_kept_for_another_budget(tmp_path):
         run(load("llama").graph(), f"{MARKED}, assign_bits(bits=3.0, file={str(file)!r})")
 
 
+MEASURED = "assign_bits(bits=2.9, groups=(16, 32, -1), rounding='nearest', tokens=64, measure=60{})"
+
+
+def test_what_was_measured_is_in_the_tables():
+    gm, ctx = assigned(MEASURED.format(""))
+    (choice,) = ctx.tables["choices"]
+    assert choice["measured, nats a token"] > 0
+    sites = ctx.tables["contributions"]
+    assert len(sites) == 8 and sum(row["weights"] for row in sites) == counted(gm)[1]
+    assert sum(row["measured, nats a token"] for row in sites) == pytest.approx(choice["measured, nats a token"], rel=0.5)
+    assert sum(row["predicted, nats a token"] for row in sites) == pytest.approx(choice["predicted, nats a token"])
+    assert len(ctx.tables["interactions"]) == 15
+    (chosen,) = [row for row in ctx.tables["budgets"] if row["chosen"]]
+    assert chosen["measured"] == choice["measured, nats a token"]
+    assert chosen["bits"] == pytest.approx(counted(gm)[0] / counted(gm)[1])
+    assert any("KL on held-out tokens" in note for note in ctx.notes)
+
+
+def test_corrections_keep_what_measured_least():
+    gm, ctx = assigned(MEASURED.format(", corrections=3"))
+    choices = ctx.tables["choices"]
+    assert 1 < len(choices) <= 4
+    (taken,) = [row for row in choices if row["taken"]]
+    assert taken["measured, nats a token"] == min(row["measured, nats a token"] for row in choices)
+    assert counted(gm)[0] / counted(gm)[1] == pytest.approx(taken["bits"])
+    assert taken["bits"] <= 2.9
+    assert ctx.tables == assigned(MEASURED.format(", corrections=3"))[1].tables  # bit for bit
+
+
+def test_nothing_is_measured_unless_asked_for():
+    _, ctx = assigned("assign_bits(bits=3.4, rounding='nearest', tokens=64)")
+    assert set(ctx.tables) == {"widths", "contributions", "budgets"}
+    assert all(row["measured"] is None for row in ctx.tables["budgets"])
+    assert sum(row["nats a token"] for row in ctx.tables["widths"]) == pytest.approx(
+        sum(row["predicted, nats a token"] for row in ctx.tables["contributions"])
+    )
+
+
+def test_a_file_does_not_hide_what_was_held_out(tmp_path):
+    file = f", file={str(tmp_path / 'costs.json')!r}"
+    assigned(MEASURED.format(file))
+    assigned(MEASURED.format(file))
+    with pytest.raises(DataError, match="were made with"):
+        assigned(MEASURED.replace("measure=60", "measure=0").format(file))
+
+
 def test_the_backend_is_asked_before():
     class Narrow:
         name = "narrow"
@@ -99,7 +145,18 @@ def test_the_backend_is_asked_before():
 BAD = [
     {"bits": 0.0},
     {"bytes": -5},
-    *({"bits": 2, **wrong} for wrong in ({"widths": ()}, {"widths": (9,)}, {"groups": (0,)}, {"loss": "l2"})),
+    *(
+        {"bits": 2, **wrong}
+        for wrong in (
+            {"widths": ()},
+            {"widths": (9,)},
+            {"groups": (0,)},
+            {"loss": "l2"},
+            {"measure": -1},
+            {"corrections": -1},
+            {"corrections": 1},
+        )
+    ),
 ]
 
 
@@ -114,3 +171,5 @@ def test_it_needs_annotations_and_data():
         run(load("llama").graph(), "canonicalize, assign_bits(bits=3.0)", CALIBRATION)
     with pytest.raises(DataError, match="calibration"):
         run(load("llama").graph(), f"{MARKED}, assign_bits(bits=3.0)")
+    with pytest.raises(DataError, match="calibration"):
+        run(load("llama").graph(), f"{MARKED}, assign_bits(bits=3.0, file={__file__!r}, measure=64)")

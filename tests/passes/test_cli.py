@@ -189,6 +189,20 @@ def test_bad_files_are_refused_before_the_model_is_loaded(run: Run, tmp_path: Pa
     refused(run("compile", "no/such/model", "--recipe", tmp_path / "empty.txt", "--out", tmp_path / "out"), "not a recipe")
 
 
+def test_plot_draws_into_a_folder_with_a_choice_of_widths(
+    run: Run, compiled: tuple[Path, str], model: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    refused(run("plot", compiled[0]), "no choice of widths")
+    refused(run("plot", tmp_path), "not a report")
+    pipeline = "canonicalize, annotate(scheme='W4A16', group=32), assign_bits(bits=4.0, rounding='nearest', tokens=64), round_weights"
+    texts = ("--calibration", checkpoint / "calibration.txt", "--text", checkpoint / "test.txt")
+    arguments = ("--pipeline", pipeline, *texts, "--backend", "reference", "--out", tmp_path / "out", *SMALL)
+    assert "KL predicted" in run("compile", model, *arguments).stdout
+    result = run("plot", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.split()) == 4 and all(Path(line).is_file() for line in result.stdout.split())
+
+
 def test_bad_usage_exits_with_2(run: Run, tmp_path: Path) -> None:
     refused(run("compile", "model", "--out", tmp_path / "out"), "either --pipeline or --recipe", code=2)
     refused(run("compile", "model", "--pipeline", "w8a16"), "Missing option", code=2)

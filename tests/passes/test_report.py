@@ -8,7 +8,7 @@ from ir.capture import capture
 from passes.base import Skip
 from passes.report import OTHERS, coverage, left_out
 from tests.families import load
-from tests.passes.samples import Mlp, compiled, run, vectors
+from tests.passes.samples import CALIBRATION, Mlp, compiled, run, vectors
 
 PIPELINES = ["w8a16", "w4a16", "w4a16(head=True)", "w8a8(dynamic=False)", "canonicalize"]
 
@@ -96,6 +96,29 @@ def test_the_page_shows_measures():
     report = passes.compile(Mlp(), "w8a16", args=(vectors(),)).report()
     report.measures["book.txt"] = {"perplexity": 12.5}
     assert "12.5" in str(report)
+
+
+def test_predicted_divergence_stands_beside_what_was_measured():
+    chosen = "canonicalize, annotate(scheme='W4A16', group=32), assign_bits(bits=4.0, rounding='nearest', tokens=64{}), round_weights"
+    for loss, known in (("", True), (", loss='layer'", False)):
+        report = passes.compile(load("llama").captured, chosen.format(loss), CALIBRATION).report()
+        report.measures |= {"before": {"perplexity": 12.0}, "after": {"KL from original": 0.25, "same top token": 0.5}}
+        rows = report.to_json()["measures"]
+        assert rows["before"] == {"perplexity": 12.0}
+        assert (report.predicted is not None) is known
+        columns = ["KL from original", "KL predicted", "same top token"] if known else ["KL from original", "same top token"]
+        assert list(rows["after"]) == columns
+        assert ("KL predicted" in str(report)) is known
+        assert rows["after"].get("KL predicted") == report.predicted
+
+
+def test_the_page_of_a_choice_of_widths_is_short():
+    chosen = "canonicalize, annotate(scheme='W4A16', group=32), assign_bits(bits=4.0, rounding='nearest', tokens=64), round_weights"
+    report = passes.compile(load("llama").captured, chosen, CALIBRATION).report()
+    assert len(report.to_json()["tables"]["widths"]) == 14
+    page = str(report)
+    assert all(words in page for words in ("widths in bits", "down_proj", "greatest contributions", "budgets, predicted"))
+    assert "layers.0.self_attn.q_proj " not in page  # no row for every linear
 
 
 def test_the_trace_is_the_reports():

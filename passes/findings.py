@@ -1,0 +1,81 @@
+"""What `assign_bits` found, as tables and notes of the report."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from ir import edit
+from passes import budgets
+from passes.allocation import Allocation, Site, weights_in
+from passes.base import Context
+from passes.correction import Look, Pair, best
+from passes.units import NATS
+
+
+def tell(ctx: Context, made: Allocation, unit: str) -> None:
+    """The choice, in tables `widths` (a row for each linear) and `budgets`, and in notes."""
+    elements = Counter[str]()
+    rows = []
+    for layer, mark in made.marks().items():
+        weights = int(edit.value(layer.weight).numel())
+        elements[str(mark)] += weights
+        rows.append({"layer": layer.path, "encoding": str(mark), "weights": weights, unit: made.problem.costs[layer.path, str(mark)]})
+    total = sum(elements.values())
+    spent = f"{made.bits:.3f} bits a weight, {made.cost:.4g} {unit} predicted"
+    bound = f", no choice below {made.choice.bound:.4g}" if made.choice.bound <= made.cost else ""
+    ctx.notes.append(f"assign_bits: {spent}{bound}")
+    ctx.notes.append("assign_bits: " + ", ".join(f"{mark} {count / total:.1%}" for mark, count in sorted(elements.items())))
+    ctx.tables["widths"] = rows
+    ctx.tables["contributions"] = contributions(made, unit, ())
+    ctx.tables["budgets"] = budgets.rows(made.problem, unit, made, ())
+
+
+def tell_measures(ctx: Context, looks: Sequence[Look], pairs: Sequence[Pair], unit: str) -> None:
+    """What was measured, in tables `choices`, `contributions`, `interactions` and `budgets`, after `tell`."""
+    taken, first = best(looks), looks[0]
+    names = [name(site) for site in taken.allocation.problem.sites]
+    picks = first.allocation.choice.picks
+    ctx.tables["choices"] = [
+        {
+            "corrections": index,
+            "bits": seen.allocation.bits,
+            f"predicted, {unit}": seen.allocation.cost,
+            f"measured, {NATS}": seen.divergence,
+            "sites changed": sum(a != b for a, b in zip(seen.allocation.choice.picks, picks, strict=True)),
+            "taken": "yes" if seen is taken else "",
+        }
+        for index, seen in enumerate(looks)
+    ]
+    ctx.tables["contributions"] = contributions(taken.allocation, unit, taken.marginals)
+    ctx.tables["interactions"] = [{"first": names[p.first], "second": names[p.second], NATS: p.interaction} for p in pairs]
+    ctx.tables["budgets"] = budgets.rows(
+        taken.allocation.problem, unit, taken.allocation, [(seen.allocation, seen.divergence) for seen in looks]
+    )
+    ctx.notes.append(
+        f"assign_bits: KL on held-out tokens {first.divergence:.4g} nats a token, {first.allocation.cost:.4g} {unit} predicted"
+    )
+    if taken is not first:
+        ctx.notes.append(f"assign_bits: corrected, KL {taken.divergence:.4g}, {taken.allocation.cost:.4g} {unit} predicted")
+    elif len(looks) > 1:
+        ctx.notes.append("assign_bits: no corrected choice measured less")
+
+
+def contributions(made: Allocation, unit: str, marginals: Sequence[float]) -> list[dict[str, Any]]:
+    """A row for each site: its share of the budget and of the loss, predicted, and measured if it was."""
+    rows: list[dict[str, Any]] = []
+    for index, (site, marks, cost) in enumerate(zip(made.problem.sites, made.taken, made.costs, strict=True)):
+        encodings = ", ".join(dict.fromkeys(map(str, marks)))
+        rows.append({"site": name(site), "encoding": encodings, "weights": weights_in(site), f"predicted, {unit}": cost})
+        if marginals:
+            rows[-1][f"measured, {NATS}"] = marginals[index]
+    return rows
+
+
+def name(site: Site) -> str:
+    """The paths of a site's linears, their shared parent said once."""
+    paths = [layer.path for layer in site]
+    parents = {path.rpartition(".")[0] for path in paths}
+    if len(parents) > 1 or parents == {""}:
+        return ", ".join(paths)
+    parent = parents.pop()
+    return f"{parent}." + ", ".join(path.removeprefix(f"{parent}.") for path in paths)

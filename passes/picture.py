@@ -1,0 +1,91 @@
+"""Tables of `assign_bits` on the report's page: widths as a coloured grid, the greatest contributions, budgets as one line."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ir.encoding import Encoding
+from passes.grid import grid, merged
+
+Rows = Sequence[Mapping[str, Any]]
+
+# Of 1 to 8 bits, from viridis: brighter is wider, to every reader; narrow widths, the most common, are furthest apart. Plots use them too.
+COLOURS = ("#440154", "#414487", "#2a788e", "#22a884", "#44bf70", "#7ad151", "#bddf26", "#fde725")
+DARK = 3  # up to this width the colour needs white text
+GREATEST = 6  # contributions that are shown
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def widths(rows: Rows) -> list[RenderableType]:
+    """The grid of widths, equal neighbouring layers in one row."""
+    found = merged(grid({str(row["layer"]): Encoding.parse(str(row["encoding"])) for row in rows}))
+    groups = len({encoding.block for _, own in found.rows for encoding in own if encoding})
+    title = "widths in bits" + (", after a dot the size of groups" if groups > 1 else "")
+    table = Table(f"{found.shared}*" if found.shared else "", title=title, title_justify="left")
+    for column in found.columns:
+        table.add_column(column, justify="center")
+    for name, own in found.rows:
+        table.add_row(name, *(_cell(encoding, groups > 1) for encoding in own))
+    return [table]
+
+
+def contributions(rows: Rows) -> list[RenderableType]:
+    """The sites with the greatest contributions, measured ones if there are any."""
+    key = next((key for key in rows[0] if key.startswith("measured")), None) or next(key for key in rows[0] if key.startswith("predicted"))
+    total = sum(row[key] for row in rows)
+    greatest = sorted(rows, key=lambda row: -row[key])[:GREATEST]
+    columns = [column for column in rows[0] if column != "weights"]
+    table = Table(*columns, "share", title=f"greatest contributions, {len(greatest)} of {len(rows)} sites", title_justify="left")
+    for row in greatest:
+        cells = (f"{row[column]:.3g}" if isinstance(row[column], float) else str(row[column]) for column in columns)
+        table.add_row(*cells, f"{row[key] / total:.1%}" if total else "")
+    return [table]
+
+
+def interactions(rows: Rows) -> list[RenderableType]:
+    """The pairs of sites with the strongest interactions, as they come."""
+    title = f"strongest interactions, {min(GREATEST, len(rows))} of {len(rows)} pairs: what two sites cost together beyond each alone"
+    table = Table(*rows[0], title=title, title_justify="left")
+    for row in rows[:GREATEST]:
+        table.add_row(*(f"{cell:+.3g}" if isinstance(cell, float) else str(cell) for cell in row.values()))
+    return [table]
+
+
+def budgets(rows: Rows) -> list[RenderableType]:
+    """A line of bars: the logarithm of the predicted loss over the budget; and a line for each budget that was measured or chosen."""
+    unit = loss(rows)
+    heights = [math.log(max(row[unit], 1e-30)) for row in rows if row["chosen"] or row["measured"] is None]
+    low, high = min(heights), max(heights)
+    bars = "".join(BARS[round((height - low) / max(high - low, 1e-30) * (len(BARS) - 1))] for height in heights)
+    ends = (f"{row['bits']:.2f} bits: {row[unit]:.3g}" for row in (rows[0], rows[-1]))
+    lines = [f"budgets, predicted {unit} (logarithm): {next(ends)} {bars} {next(ends)}"]
+    for row in rows:
+        if row["chosen"] or row["measured"] is not None:
+            found = "" if row["measured"] is None else f", {row['measured']:.4g} measured on held-out tokens"
+            lines.append(f"  {row['bits']:.3f} bits: {row[unit]:.4g} predicted{found}{', chosen' if row['chosen'] else ''}")
+    return [Text("\n".join(lines))]
+
+
+def loss(rows: Rows) -> str:
+    """The column of the predicted loss in the tables `widths` and `budgets`: its unit."""
+    return next(key for key in rows[0] if key not in {"bits", "measured", "chosen", "layer", "encoding", "weights"})
+
+
+DRAWN: dict[str, Callable[[Rows], list[RenderableType]]] = {
+    "widths": widths,
+    "contributions": contributions,
+    "interactions": interactions,
+    "budgets": budgets,
+}
+
+
+def _cell(encoding: Encoding | None, grouped: bool) -> Text:
+    if encoding is None:
+        return Text("")
+    size = encoding.block[-1]
+    text = f"{encoding.bits}·{size}" if grouped and size != -1 else str(encoding.bits)
+    return Text(f" {text} ", style=f"{'white' if encoding.bits <= DARK else 'black'} on {COLOURS[encoding.bits - 1]}")

@@ -1,0 +1,45 @@
+import pytest
+
+from ir.encoding import Encoding
+from ir.sites import readers
+from ir.weights import stored_bits
+from passes.allocation import Problem, size, weights_in
+from tests.families import load
+
+MARKS = [Encoding.parse(f"u{bits}[1,-1]") for bits in (2, 4)]
+
+
+@pytest.fixture(scope="module")
+def problem():
+    sites = [found for found in readers(load("llama").graph()).values() if found[0].path.endswith("_proj")]
+    costs = {(layer.path, str(mark)): 8.0 - mark.bits for site in sites for layer in site for mark in MARKS}
+    return Problem(sites, [[(mark,) * len(site) for mark in MARKS] for site in sites], costs, 10**9)
+
+
+def test_sizes_and_weights_are_those_of_all_layers_of_a_site(problem):
+    site = problem.sites[0]
+    shapes = [tuple(layer.weight.meta["val"].shape) for layer in site]
+    assert len(shapes) == 3
+    assert size(site, (MARKS[0],) * 3) == sum(stored_bits(shape, MARKS[0]) for shape in shapes)
+    assert weights_in(site) == sum(rows * columns for rows, columns in shapes)
+    assert problem.weights == sum(map(weights_in, problem.sites))
+
+
+def test_a_choice_counts_costs_as_predicted_whatever_corrects_them(problem):
+    made = problem.solve([3.0] * len(problem.sites))
+    assert made.choice.cost == pytest.approx(3 * made.cost)
+    assert made.cost == pytest.approx(sum(made.costs)) == 14 * 4.0
+    assert made.bits == made.choice.size / problem.weights
+
+
+def test_a_factor_moves_bits_to_a_site(problem):
+    sizes = [size(site, own[0]) for site, own in zip(problem.sites, problem.options, strict=True)]
+    room = size(problem.sites[1], problem.options[1][1]) - sizes[1]  # to widen the second site alone, or another one
+    tight = Problem(problem.sites, problem.options, problem.costs, sum(sizes) + room)
+    assert tight.solve([1e-3, 1e3] + [1e-3] * (len(sizes) - 2)).taken[1] == problem.options[1][1]
+
+
+def test_sites_can_be_left_out(problem):
+    made = problem.solve()
+    assert len(made.marks()) == 14
+    assert set(made.marks()) - set(made.marks([0, 1])) == {*problem.sites[0], *problem.sites[1]}

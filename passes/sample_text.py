@@ -13,7 +13,7 @@ from ir.errors import DataError, OptionError
 from ir.signature import Signature
 from passes.base import Context, Effect, Pass
 
-TOGETHER = 64  # windows that are written at a time: their caches lie in memory together
+TOGETHER = 16384  # tokens that are written at a time: their caches lie in memory together
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class SampleText(Pass):
         length = self.length or given[0][0].shape[1]
         size = len(given[0][0]) if given else 8
         generator = torch.Generator().manual_seed(self.seed)
-        parts = [min(TOGETHER, count - start) for start in range(0, count, TOGETHER)]
+        together = max(TOGETHER // length, 1)
+        parts = [min(together, count - start) for start in range(0, count, together)]
         steps = ctx.track([(part, at) for part in parts for at in range(length - 1)], "sample text")
         written = torch.cat([self._write(gm, rows, length, generator, steps) for rows in parts])
         own = [signature.bind(input_ids=ids) for ids in torch.split(written, size)]

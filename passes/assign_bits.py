@@ -46,7 +46,8 @@ class AssignBits(Pass):
     `K(all) − K(all∖i) − K(all∖j) + K(all∖{i,j})`. A correction multiplies the predicted costs of a site by measured over predicted and
     solves again; the allocation that measured least is kept. Weights are rounded as for the predictions.
 
-    Limits: 1. widths of weights only, activations keep theirs; 2. whole linears: columns of one linear share a width; 3. interactions
+    Limits: 1. widths of weights only, activations keep theirs; 2. whole linears: columns of one linear share a width, unless
+    `split_channels` has made linears of them; 3. interactions
     between layers are not predicted, and only measured for weights, with activations in floating point.
 
     Args:

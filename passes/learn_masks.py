@@ -15,6 +15,7 @@ from ir.schemes import bits_of, change_bits
 from ir.signature import Signature
 from ir.sites import Layer
 from ir.split import best_channels, split_off, splittable
+from ir.weights import stored_bits
 from passes.base import Context, Effect, Pass
 from passes.descent import shuffled, some_rows
 from passes.divergence import of_outputs, own_outputs
@@ -40,6 +41,7 @@ class LearnMasks(Pass):
     Args:
         high: scheme of the chosen channels; the rest is as annotated.
         share: of all annotated weights, to choose.
+        bits: budget in place of `share`: bits per weight of the annotated linears, with scales and zero points.
         loss: "divergence" from the model as it is; or "cross_entropy" of the calibration text, as published, for causal language models.
         steps: of AdamW.
         rows: samples of a batch in a step.
@@ -56,6 +58,7 @@ class LearnMasks(Pass):
 
     high: str = "W8A8"
     share: float = 0.125
+    bits: float = 0.0
     loss: str = "divergence"
     steps: int = 2000
     rows: int = 4
@@ -70,7 +73,13 @@ class LearnMasks(Pass):
         bits_of(self.high, "learn_masks(high=...)")
         if self.loss not in LOSSES:
             raise OptionError(f"there is no loss {self.loss!r}", where="learn_masks(loss=...)", remedy=f"there are {list(LOSSES)}")
-        if not 0 < self.share < 1 or min(self.steps, self.rows, self.multiple) < 1 or not self.rate > 0 or self.strength < 0:
+        if (
+            not 0 < self.share < 1
+            or self.bits < 0
+            or min(self.steps, self.rows, self.multiple) < 1
+            or not self.rate > 0
+            or self.strength < 0
+        ):
             raise OptionError("a share lies between 0 and 1, counts are at least 1, rates positive", where=str(self))
 
     def needs(self, ctx: Context) -> None:
@@ -85,16 +94,30 @@ class LearnMasks(Pass):
         if self.loss == "cross_entropy" and not named:
             raise OptionError("cross_entropy needs a causal language model", where=str(self), remedy="set loss='divergence'")
 
+    def _share(self, whole: Mapping[Node, Sequence[Layer]]) -> float:
+        """The share to choose: the greatest, in thousandths, that the budget has room for."""
+        if not self.bits:
+            return self.share
+        found = [layer for found in whole.values() for layer in found]
+        room = self.bits * sum(edit.value(layer.weight).numel() for layer in found)
+        sizes = [sum(_size(layer, self.high, share / 1000) for layer in found) for share in range(1, 1000)]
+        fitting = [share for share, size in enumerate(sizes, 1) if size <= room]
+        if not fitting:
+            least = sizes[0] / sum(edit.value(layer.weight).numel() for layer in found)
+            raise OptionError(f"no channel in {self.high} fits into {self}", remedy=f"the least budget is bits={least:.3f}")
+        return max(fitting) / 1000
+
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Learn, then split; returns the number of linears that became two."""
         whole = splittable(gm)
         if not whole:
             return 0
+        share = self._share(whole)
         rows = [sum(int(edit.value(layer.weight).shape[0]) for layer in found) for found in whole.values()]
         with torch.enable_grad():
-            logits = self._learned(gm, ctx, whole, rows)
+            logits = self._learned(gm, ctx, whole, rows, share)
         least = min(float(own.min()) for own in logits)
-        picked = best_channels([(own - least) * count for own, count in zip(logits, rows, strict=True)], rows, self.share, self.multiple)
+        picked = best_channels([(own - least) * count for own, count in zip(logits, rows, strict=True)], rows, share, self.multiple)
         moments = mean_squares(gm, ctx, whole) if self.order else {}
         changed = 0
         for (source, found), channels in zip(whole.items(), picked, strict=True):
@@ -106,7 +129,9 @@ class LearnMasks(Pass):
         ctx.notes.append(f"learn_masks: {taken / sum(map(int.__mul__, sizes, rows)):.2%} of the weights in {self.high}")
         return changed
 
-    def _learned(self, gm: GraphModule, ctx: Context, whole: Mapping[Node, Sequence[Layer]], rows: Sequence[int]) -> list[Tensor]:
+    def _learned(
+        self, gm: GraphModule, ctx: Context, whole: Mapping[Node, Sequence[Layer]], rows: Sequence[int], share: float
+    ) -> list[Tensor]:
         """The logits of all masks."""
         outputs = own_outputs(gm)
         nodes = evaluate.calls_for(gm, outputs)
@@ -127,7 +152,7 @@ class LearnMasks(Pass):
                 for layer in found
             }
             found = evaluate.evaluate(gm, nodes, given, list(outputs), instead=instead, grad=True)
-            loss = self._loss(gm, nodes, given, found, outputs) + self.strength * distance_to(self.share, spent.clamp_min(1e-6))
+            loss = self._loss(gm, nodes, given, found, outputs) + self.strength * distance_to(share, spent.clamp_min(1e-6))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -141,3 +166,10 @@ class LearnMasks(Pass):
         ids = next(iter(given.values()))
         logits = next(found[node] for node, name in outputs.items() if name == "logits")
         return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def _size(layer: Layer, high: str, share: float) -> int:
+    """Bits of a linear with a share of its channels in another scheme."""
+    (N, K), (_, low), (_, wide) = edit.value(layer.weight).shape, encodings(layer), change_bits(layer, high)
+    chosen = round(share * K)
+    return sum(stored_bits((N, count), encoding) for count, encoding in ((chosen, wide), (K - chosen, low)) if count)

@@ -11,6 +11,7 @@ from passes.assign_bits import AssignBits
 from passes.base import Pass
 from passes.canonicalize import Canonicalize
 from passes.clip_activations import ClipActivations
+from passes.learn_masks import LearnMasks
 from passes.learn_rounding import LearnRounding
 from passes.observe import Observe
 from passes.pipeline import Pipeline
@@ -99,6 +100,7 @@ def mixed(
     widths: Sequence[int] = (2, 3, 4, 8),
     groups: Sequence[int] = (64, -1),
     transform: str = "rotate",
+    solver: str = "knapsack",
     rounding: str = "learned",
     steps: int = LearnRounding.steps,
     own_text: bool = True,
@@ -127,12 +129,23 @@ def mixed(
     """
     if transform not in OFFLINE_ONLY:
         raise OptionError(f"there is no transform {transform!r}", where="mixed(transform=...)", remedy=f"there are {list(OFFLINE_ONLY)}")
-    marks = Annotate("W4A16", group=64, symmetric=False, ignore=cast("tuple[str, ...]", ignore), head=head)
-    assigned = AssignBits(bits, bytes, cast("tuple[int, ...]", widths), cast("tuple[int, ...]", groups), file=file, measure=measure)
+    names = cast("tuple[str, ...]", ignore)
+    if solver == "masks":
+        if len(widths) != 2 or bytes:
+            raise OptionError("masks choose between two widths, under a budget in bits", where="mixed", remedy="set widths=(1, 4)")
+        low, high = sorted(widths)
+        # Parts of a linear have one scale per channel: groups would not fit into their sizes.
+        marks = Annotate(f"W{low}A16", symmetric=low == 1, ignore=names, head=head)
+        chosen: Pass = LearnMasks(f"W{high}A16", bits=bits)
+    elif solver == "knapsack":
+        marks = Annotate("W4A16", group=64, symmetric=False, ignore=names, head=head)
+        chosen = AssignBits(bits, bytes, cast("tuple[int, ...]", widths), cast("tuple[int, ...]", groups), file=file, measure=measure)
+    else:
+        raise OptionError(f"there is no solver {solver!r}", where="mixed(solver=...)", remedy="there are ['knapsack', 'masks']")
     propagation = None if rounding == "nearest" else PROPAGATION
     rounded = LearnRounding(steps) if rounding == "learned" else RoundWeights(rounding, propagation=propagation)
     written = (SampleText(),) if own_text else ()
-    return Pipeline((*OFFLINE_ONLY[transform], *written, marks, assigned, rounded, *_cached(cache)))
+    return Pipeline((*OFFLINE_ONLY[transform], *written, marks, chosen, rounded, *_cached(cache)))
 
 
 def rotate(*, where: Sequence[str] = ("R1", "R2", "R4"), kind: str = "hadamard", block: int = -1, seed: int = 0) -> Pipeline:

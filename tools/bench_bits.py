@@ -1,132 +1,169 @@
-"""Mixed widths on the bench model: perplexity over budgets beside the peers, global against layer-local losses, predicted against measured.
+"""Mixed widths on the bench model: perplexity over budgets beside the peers, with times and memory.
 
     python -m tools.bench_bits ../shared/bench --out tools/results/bits.md
 
-Every linear but the head, weight-only. Nothing is chosen on the test texts. Peers' figures are those of the bench folder, measured with the
-same protocol; a row's peers have the same or more counted bits. Seconds are whole compiles, with the prediction of losses in the first
-row of each rounding (`file` keeps it).
+Every linear but the head. Nothing is chosen on the test texts. Peers' figures are those of the bench folder, measured with the same protocol;
+`tools/peers/autoround.py` measures one of them beside, in an environment of its own. Seconds are whole compiles, with everything that
+`mixed` does; MB are the process's greatest resident size during the compile, above what it was before.
 """
 
 import argparse
 import math
-import tempfile
+import multiprocessing
+import resource
+import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from scipy.stats import spearmanr
-from torch import Tensor
-
 import passes
-from ir import edit
-from ir.sites import layers
-from passes.costs import load as load_costs
-from passes.measure import divergence
 from tools import bench_model
-from tools.bench_model import BenchModel
 
+FULL = (46.87, 44.93)
 # Counted bits, name, WikiText-2, news.
 PEERS = (
     (2.05, "GPTQ per channel", 52.82, 56.56),
     (2.28, "AutoRound", 49.06, 48.99),
     (2.744, "AutoRound AutoScheme", 47.76, 46.86),
     (3.244, "AutoRound AutoScheme", 47.29, 45.79),
+    (3.30, "AutoRound", 47.24, 45.80),
+    (4.25, "GPTQ symmetric", 46.97, 45.16),
     (4.31, "AutoRound", 46.87, 45.20),
     (4.31, "GPTQ asymmetric", 46.98, 45.13),
 )
-LOCAL = (
-    "canonicalize, untie, fold_norm, center_norm, annotate(scheme='W4A16', group=64, symmetric=False), rotate_channels(where=['R1', 'R2'])"
-)
-KNOWN = {"loss": "model", "rounding": "nearest", "tokens": 8192, "seed": 0}  # how `correlation` predicts
-DRAWS, WIDTHS = 30, (2, 3, 4, 8)
+BUDGETS = {1.6: "widths=(1, 2, 3, 4)", 2.0: "widths=(1, 2, 3, 4)", 2.28: "", 2.5: "", 2.744: "", 3.0: "", 3.244: "", 3.3: "", 4.25: ""}
+UNIFORM = "canonicalize, annotate(scheme='W{}A16', group={}, symmetric=False), round_weights"
+OPENED = "canonicalize, untie, fold_norm, center_norm"
+LOCAL = f"{OPENED}, annotate(scheme='W4A16', group=64, symmetric=False), rotate_channels(where=['R1', 'R2'])"
+HEAD = "| pipeline | counted bits | WikiText-2 | news | excess, nats | seconds | MB |\n|---|---|---|---|---|---|---|"
 
 
-def budgets(bench: BenchModel, wanted: list[float], options: str, folder: Path) -> list[str]:
-    """One row a budget, with the peers that have the same bits."""
-    full = bench.perplexities(bench.model)
-    lines = ["| budget | counted bits | WikiText-2 | news | excess | peers at these bits | seconds |", "|---|---|---|---|---|---|---|"]
-    for bits in wanted:
-        started = time.perf_counter()
-        made = passes.compile(bench.model, f"mixed(bits={bits}, {options}, file={str(folder / 'costs.json')!r})", bench.calibration)
-        seconds = time.perf_counter() - started
-        wiki, news = bench.perplexities(made)
-        excess = " / ".join(f"{math.log(mine / whole):.4f}" for mine, whole in zip((wiki, news), full, strict=True))
-        peers = "; ".join(f"{name} {a} / {b}" for at, name, a, b in PEERS if abs(at - bits) < 0.07)
-        lines.append(f"| {bits} | {made.effective_bits:.3f} | {wiki:.2f} | {news:.2f} | {excess} | {peers} | {seconds:.0f} |")
-        print(lines[-1], *(note for note in made.report().notes if "assign" in note), sep="\n", flush=True)
+def row(folder: Path, seed: int, pipeline: str) -> tuple[float, float, float, float, float]:
+    """Counted bits, both perplexities, seconds and MB of one compile, in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measured, (folder, seed, pipeline))
+
+
+def _measured(folder: Path, seed: int, pipeline: str) -> tuple[float, float, float, float, float]:
+    bench = bench_model.load(folder, seed)
+    bench.model(bench.calibration[0][:1])
+    before, started = _peak(), time.perf_counter()
+    made = passes.compile(bench.model, pipeline, bench.calibration)
+    seconds, used = time.perf_counter() - started, _peak() - before
+    wiki, news = bench.perplexities(made)
+    return made.effective_bits, wiki, news, seconds, used
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def line(folder: Path, seed: int, pipeline: str, name: str = "") -> str:
+    bits, wiki, news, seconds, used = row(folder, seed, pipeline)
+    excess = " / ".join(f"{math.log(mine / whole):.4f}" for mine, whole in zip((wiki, news), FULL, strict=True))
+    text = f"| {name or f'`{pipeline}`'} | {bits:.3f} | {wiki:.2f} | {news:.2f} | {excess} | {seconds:.0f} | {used:.0f} |"
+    print(text, flush=True)
+    return text
+
+
+def budgets(folder: Path, seed: int, options: str) -> list[str]:
+    """One row a budget, with the peers that have at most as many bits more as make no difference, and uniform GPTQ."""
+    lines = [HEAD]
+    for bits, widths in BUDGETS.items():
+        mixed = ", ".join(filter(None, (f"bits={bits}", widths, options)))
+        lines.append(line(folder, seed, f"mixed({mixed})"))
+        for at, name, wiki, news in PEERS:
+            if abs(at - bits) < 0.065:
+                excess = " / ".join(f"{math.log(mine / whole):.4f}" for mine, whole in zip((wiki, news), FULL, strict=True))
+                lines.append(f"| peer: {name} | {at} | {wiki} | {news} | {excess} | | |")
+    for bits, group in ((2, 64), (2, -1), (3, 64), (4, 64)):
+        lines.append(line(folder, seed, UNIFORM.format(bits, group), f"our uniform GPTQ, {bits} bits, group {group}"))
     return lines
 
 
-def losses(bench: BenchModel, bits: float) -> list[str]:
-    """The same budget and rounding, with widths chosen by the model's loss, by the layers' own errors, and not at all."""
+def losses(folder: Path, seed: int, bits: float) -> list[str]:
+    """The same budget and rounding, with widths chosen by the model's loss, by the layers' own errors, and learned masks."""
     choices = {
         "the model's predicted loss": f"assign_bits(bits={bits}, groups=(64, -1))",
         "each layer's own relative error": f"assign_bits(bits={bits}, groups=(64, -1), loss='layer')",
     }
-    lines = ["| widths chosen by | counted bits | WikiText-2 | news |", "|---|---|---|---|"]
-    for name, choice in choices.items():
-        made = passes.compile(bench.model, f"{LOCAL}, {choice}, round_weights(propagation=0.25)", bench.calibration)
-        wiki, news = bench.perplexities(made)
-        lines.append(f"| {name} | {made.effective_bits:.3f} | {wiki:.2f} | {news:.2f} |")
-        print(lines[-1], flush=True)
-    return lines
+    return [HEAD.replace("pipeline", "widths chosen by")] + [
+        line(folder, seed, f"{LOCAL}, {choice}, round_weights(propagation=0.25)", name) for name, choice in choices.items()
+    ]
 
 
-def correlation(bench: BenchModel, seed: int = 1) -> list[str]:
-    """Predicted against measured divergence over random allocations, rounded to nearest, on windows that were not calibrated on."""
-    windows: Tensor = bench.protocol.calibration_windows(seed)[:24]
-    generator = torch.Generator().manual_seed(0)
-    predicted, measured = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        file = str(Path(folder) / "costs.json")
-        known = f"assign_bits(bits=8.5, widths={WIDTHS}, rounding='nearest', file={file!r})"
-        start = passes.compile(bench.model, f"{LOCAL}, {known}", bench.calibration).graph
-        costs = load_costs(Path(file), KNOWN)
-        for _ in range(DRAWS):
-            gm, total = edit.copied(start), 0.0
-            spread = torch.rand(2, generator=generator)
-            for layer in layers(gm):
-                encoding = layer.site("weight").encoding
-                if encoding is None:
-                    continue
-                draw = int((spread.min() + torch.rand(1, generator=generator) * (spread.max() - spread.min())) * len(WIDTHS))
-                mark = str(encoding).replace(f"u{encoding.bits}", f"u{WIDTHS[min(draw, len(WIDTHS) - 1)]}")
-                layer.site("weight").annotate(type(encoding).parse(mark))
-                total += costs[layer.path, mark]
-            made = passes.compile(gm, "round_weights(method='nearest')")
-            predicted.append(total)
-            measured.append(divergence(made, bench.model, windows))
-    rank = float(spearmanr(predicted, measured).statistic)
-    lines = [f"{DRAWS} random allocations of {WIDTHS} to all linears: rank correlation {rank:.3f}.", ""]
-    lines += ["| predicted, nats a token | measured |", "|---|---|"]
-    lines += [f"| {a:.4f} | {b:.4f} |" for a, b in sorted(zip(predicted, measured, strict=True))]
-    print(lines[0], flush=True)
-    return lines
+def masks(folder: Path, seed: int, steps: int) -> list[str]:
+    """The published system's steps (2606.07819), with its masks and with channels chosen by predicted loss."""
+    marked = f"{OPENED}, annotate(scheme='W4A4')"
+    learned = f"learn_masks(steps={steps}, rate=0.003, rows=2, {{}})"
+    published = "loss='cross_entropy'"
+    nearest, gptq = "round_weights(method='nearest'), quantize", "quantize(weights=False), round_weights"
+    names = {
+        "W4A4 to nearest": f"{marked}, {nearest}",
+        "+ 12.5 % of channels in 8 bits, by learned masks": f"{marked}, {learned.format('order=False')}, {nearest}",
+        "+ sorted channels": f"{marked}, {learned.format('order=True')}, {nearest}",
+        "+ GPTQ": f"{marked}, {learned.format('order=True')}, {gptq}",
+        "masks by cross entropy, as published; GPTQ": f"{marked}, {learned.format(published)}, {gptq}",
+        "12.5 % by mean square; GPTQ": f"{marked}, split_channels(high='W8A8', by='activation'), {gptq}",
+        "12.5 % by predicted loss; learned rounding": f"{marked}, split_channels(high='W8A8'), learn_rounding, quantize",
+        "W3A3 to nearest": f"{marked.replace('W4A4', 'W3A3')}, {nearest}",
+        "W3.2A3.2: 3 % in 8 bits by mean square; GPTQ": (
+            f"{marked.replace('W4A4', 'W3A3')}, split_channels(high='W8A8', share=0.03, by='activation', multiple=8), {gptq}"
+        ),
+        "W3.2A3.2, rotated by R2 and R4; learned rounding": (
+            f"{OPENED}, annotate(scheme='W3A3'), rotate_channels(where=['R2', 'R4']), "
+            "split_channels(high='W8A8', share=0.03, by='activation', multiple=8), learn_rounding, quantize"
+        ),
+    }
+    return [HEAD.replace("pipeline", "W4A4/W8A8 and W3.2A3.2")] + [line(folder, seed, text, name) for name, text in names.items()]
+
+
+def low(folder: Path, seed: int) -> list[str]:
+    """1.6 bits the published way: a fifth of the channels in 4 bits, the others in 1."""
+    marked = f"{OPENED}, annotate(scheme='W1A16'), split_channels(high='W4A16', share=0.16, by='activation', order=False)"
+    names = {
+        "1 and 4 bits to nearest": f"{marked}, round_weights(method='nearest')",
+        "1 and 4 bits, GPTQ": f"{marked}, round_weights",
+        "1 and 4 bits, learned rounding": f"{marked}, learn_rounding",
+    }
+    return [HEAD.replace("pipeline", "1.6 bits")] + [line(folder, seed, text, name) for name, text in names.items()]
+
+
+def seeds(folder: Path, options: str, count: int = 3) -> list[str]:
+    """The spread over calibration seeds at 2.28 bits."""
+    found = [row(folder, seed, f"mixed(bits=2.28, {options})") for seed in range(count)]
+    lines = ["| calibration seed | WikiText-2 | news |", "|---|---|---|"]
+    lines += [f"| {seed} | {wiki:.2f} | {news:.2f} |" for seed, (_, wiki, news, _, _) in enumerate(found)]
+    spread = " | ".join(f"{statistics.mean(own):.2f} ± {statistics.stdev(own):.2f}" for own in zip(*(r[1:3] for r in found), strict=True))
+    return [*lines, f"| mean ± standard deviation | {spread} |"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", type=Path)
-    parser.add_argument("--bits", type=float, nargs="*", default=[2.05, 2.28, 2.5, 2.744, 3.244, 4.25])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--own-text", action=argparse.BooleanOptionalAction, default=True, help="calibrate on the model's own text too")
+    parser.add_argument("--options", default="steps=100", help="of mixed")
+    parser.add_argument("--mask-steps", type=int, default=300)
+    parser.add_argument("--sections", nargs="*", help="some of: budgets, masks, low, losses, seeds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    bench = bench_model.load(options.bench, options.seed)
-    made = f"steps={options.steps}, own_text={options.own_text}"
-    text = [f"# Mixed widths\n\n`python -m tools.bench_bits {options.bench}`, calibration seed {options.seed}, `{made}`.\n"]
-    with tempfile.TemporaryDirectory() as folder:
-        sections = {
-            "Predicted against measured": lambda: correlation(bench),
-            "Budgets (full precision 46.87 / 44.93)": lambda: budgets(bench, options.bits, made, Path(folder)),
-            "Global against local, rounded by GPTQ": lambda: losses(bench, 2.5),
-        }
-        for title, run in sections.items():
-            text += [f"## {title}\n", *run(), ""]
-            if options.out:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text("\n".join(text), encoding="utf-8")
+    folder: Path = options.bench
+    text = [
+        f"# Mixed widths\n\n`python -m tools.bench_bits {folder}`, calibration seed {options.seed}, full precision {FULL[0]} / {FULL[1]}.\n"
+    ]
+    sections: dict[str, tuple[str, Callable[[], list[str]]]] = {
+        "budgets": ("Budgets", lambda: budgets(folder, options.seed, options.options)),
+        "losses": ("Global against local, rounded by GPTQ", lambda: losses(folder, options.seed, 2.5)),
+        "masks": ("Channels within linears, activations", lambda: masks(folder, options.seed, options.mask_steps)),
+        "low": ("Channels within linears, 1.6 bits", lambda: low(folder, options.seed)),
+        "seeds": ("Spread over seeds", lambda: seeds(folder, options.options)),
+    }
+    for key in options.sections or sections:
+        title, run = sections[key]
+        text += [f"## {title}\n", *run(), ""]
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text("\n".join(text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,15 @@ def test_the_share_is_met_from_below_and_shared_inputs_share_a_mask():
     assert inputs["model.layers.0.self_attn.q_proj"] == inputs["model.layers.0.self_attn.v_proj"]
 
 
+def test_a_budget_in_bits_counts_scales():
+    marked = "canonicalize, untie, annotate(scheme='W1A16')"
+    learned = "learn_masks(high='W4A16', bits=2.2, steps=2, rows=1, multiple=1)"
+    made = passes.compile(load("llama").captured, f"{marked}, {learned}, round_weights", CALIBRATION)
+    assert 2.1 < made.effective_bits <= 2.2
+    with pytest.raises(OptionError, match="least budget is bits="):
+        run(load("llama").graph(), f"{marked}, learn_masks(high='W4A16', bits=1.1)", CALIBRATION)
+
+
 def test_outliers_are_learned():
     model, x = Mlp().eval(), vectors(rows=64)
     x[:, 5] *= 50

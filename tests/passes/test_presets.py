@@ -71,6 +71,15 @@ def test_an_unknown_transform_is_refused(preset):
         preset(transform="fourier")
 
 
+def test_masks_take_the_place_of_the_knapsack():
+    names = [step.name() for step in presets.mixed(bits=1.7, widths=(4, 1), solver="masks")]
+    assert "learn_masks" in names
+    assert "assign_bits" not in names
+    for options in ({"solver": "masks"}, {"solver": "luck"}, {"solver": "masks", "widths": (1, 4), "bytes": 10}):
+        with pytest.raises(OptionError):
+            presets.mixed(**options)
+
+
 def test_ready_made_presets_are_spread_into_pipelines():
     assert (registry.presets()["w4a16"](), registry.presets()["w8a8"]()) == (presets.W4A16, presets.W8A8)
     assert [step.name() for step in presets.W8A16] == ["canonicalize", "annotate", "round_weights"]

@@ -2,8 +2,8 @@
 
     python -m tools.bench_bits ../shared/bench --out tools/results/bits.md
 
-Every linear but the head. Nothing is chosen on the test texts. Peers' figures are those of the bench folder, measured with the same protocol;
-`tools/peers/autoround.py` measures one of them beside, in an environment of its own. Seconds are whole compiles, with everything that
+Every linear but the head. Nothing is chosen on the test texts. Peers' figures are those of the bench folder, measured with the same
+protocol; `tools/peers/autoround.py` measures one of them beside, in an environment of its own. Seconds are whole compiles, with everything that
 `mixed` does; MB are the process's greatest resident size during the compile, above what it was before.
 """
 

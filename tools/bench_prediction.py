@@ -23,7 +23,7 @@ from tools.bench_bits import LOCAL
 from tools.bench_model import BenchModel
 
 DRAWS, WIDTHS = 30, (2, 3, 4, 8)
-KNOWN = {"loss": "model", "rounding": "nearest", "tokens": 8192, "held": 0, "seed": 0}  # how costs are predicted here
+KNOWN = {"loss": "model", "rounding": "nearest", "tokens": 8192, "seed": 0}  # how costs are predicted here
 
 
 def correlation(bench: BenchModel, seed: int = 1) -> list[str]:

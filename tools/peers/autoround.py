@@ -1,6 +1,7 @@
 """AutoRound on the bench model, with the protocol of the bench folder, in an environment of its own.
 
-    python -m venv peers && peers/bin/pip install torch==2.13.0 auto-round==0.16.1 && peers/bin/python tools/peers/autoround.py ../shared/bench
+    python -m venv peers && peers/bin/pip install torch==2.13.0 auto-round==0.16.1
+    peers/bin/python tools/peers/autoround.py ../shared/bench
 
 Two threads. Prints one row as of `tools.bench_bits`: counted bits, perplexities, seconds, MB above what the process had before.
 """

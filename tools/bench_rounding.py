@@ -65,7 +65,8 @@ def main() -> None:
     bench = bench_model.load(given.bench, given.seed)
     command = f"`python -m tools.bench_rounding {given.bench}`, calibration seed {given.seed}"
     title = f"# Rounding methods\n\n{command}, full precision 46.87 / 44.93.\n"
-    lines = given.out.read_text(encoding="utf-8").splitlines()[len(title.splitlines()) + 1 :] if given.out.exists() else HEAD
+    kept = given.out.read_text(encoding="utf-8").splitlines() if given.out.exists() else []
+    lines = [*HEAD, *(line for line in kept if line.startswith("| W"))]
     for bits in given.bits:
         starts: dict[bool, GraphModule] = {}
         for symmetric, options in CASES[bits]:

@@ -14,7 +14,7 @@ from ir.rounding.evidence import Evidence, Rounding
 from ir.rounding.factor import factored
 from ir.rounding.gptq import GPTQ
 from ir.rounding.grid import Grid
-from ir.rounding.kronecker import KroneckerDraft, kronecker_error, spread
+from ir.rounding.kronecker import KroneckerDraft, spread
 
 _SHARE = 8  # (N + K) / _SHARE steps of moving codes in a sweep, each of about N K / (N + K) codes
 
@@ -25,9 +25,9 @@ class YAQA(Rounding):
 
     YAQA (2505.22988, sketch B): `H_in = E[GᵀG]`, `H_out = E[GGᵀ]` of per-sequence gradients `G [N, K]` of the log likelihood. With
     `U_outᵀU_out = H_out⁻¹` and `U_in` likewise, `ΔW = U_outᵀ E U_in` and the objective is `‖E‖²`; entry (i, j) takes the code nearest
-    to `w_ij − Σ U_out,ki E_kl U_in,lj`, over what is above and to the left of it. Scales are those that GPTQ finds with `H_in`, and the
-    better of both results is kept. The sweeps, not in the paper, descend on the same objective: `KroneckerDraft` moves codes, then fits
-    scales. On the factors of a trained model they lower it further than the feedback does.
+    to `w_ij − Σ U_out,ki E_kl U_in,lj`, over what is above and to the left of it. Scales are those that GPTQ finds with `H_in`. The
+    sweeps, not in the paper, descend on the same objective: `KroneckerDraft` moves codes, then fits scales. On the factors of a trained
+    model they take away a third to two thirds of what the feedback leaves.
 
     The feedback takes `N + K` vectorised steps of `N K + N²` multiplications, a sweep about `N K (N + K)` and more.
 
@@ -51,10 +51,8 @@ class YAQA(Rounding):
         grid = Grid(encoding, self.search)
         H_in, U_in = (matrix.float() for matrix in factored(evidence.take("inner"), self.damping))
         H_out, U_out = (matrix.float() for matrix in factored(evidence.take("outer"), self.damping))
-        codes, qparams = GPTQ(damping=self.damping, search=self.search).by_columns(W, grid, evidence.take("inner"))
-        tried = round_both_ways(W, qparams, grid, U_out, U_in)
-        errors = [kronecker_error(W - numerics.dequantize(found, qparams, encoding), H_out, H_in) for found in (codes, tried)]
-        draft = KroneckerDraft(W, tried if errors[1] < errors[0] else codes, qparams, grid, H_out, H_in)
+        _, qparams = GPTQ(damping=self.damping, search=self.search, sweeps=0).by_columns(W, grid, evidence.take("inner"))
+        draft = KroneckerDraft(W, round_both_ways(W, qparams, grid, U_out, U_in), qparams, grid, H_out, H_in)
         for _ in range(self.sweeps):
             draft.move_codes(-(-sum(W.shape) // _SHARE))
             draft.fit_scales()

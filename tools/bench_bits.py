@@ -3,8 +3,8 @@
     python -m tools.bench_bits ../shared/bench --out tools/results/bits.md
 
 Every linear but the head. Nothing is chosen on the test texts. Peers' figures are those of the bench folder, measured with the same
-protocol; `tools/peers/autoround.py` measures one of them beside, in an environment of its own. Seconds are whole compiles, with everything that
-`mixed` does; MB are the process's greatest resident size during the compile, above what it was before.
+protocol; `tools/peers/autoround.py` measures one of them beside, in an environment of its own. Seconds are whole compiles, with everything
+that `mixed` does; MB are the process's greatest resident size during the compile, above what it was before.
 """
 
 import argparse
@@ -142,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", type=Path)
     parser.add_argument("--options", default="steps=100", help="of mixed")
-    parser.add_argument("--mask-steps", type=int, default=300)
+    parser.add_argument("--mask-steps", type=int, default=200)
     parser.add_argument("--sections", nargs="*", help="some of: budgets, masks, low, losses, seeds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)

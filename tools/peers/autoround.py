@@ -3,7 +3,8 @@
     python -m venv peers && peers/bin/pip install torch==2.13.0 auto-round==0.16.1
     peers/bin/python tools/peers/autoround.py ../shared/bench
 
-Two threads. Prints one row as of `tools.bench_bits`: counted bits, perplexities, seconds, MB above what the process had before.
+Two threads, and no torch.compile, which made it slower here. Prints one row as of `tools.bench_bits`: counted bits, perplexities, seconds,
+MB above what the process had before.
 """
 
 import argparse
@@ -49,6 +50,7 @@ def main() -> None:
         batch_size=8,
         dataset=data,
         device_map="cpu",
+        enable_torch_compile=False,
     ).quantize()
     seconds, used = time.perf_counter() - started, peak() - before
     wiki, news = (protocol.perplexity(model, protocol.test_windows(name)) for name in protocol.TESTS)

@@ -4,7 +4,7 @@
     peers/bin/python tools/peers/autoround.py ../shared/bench
 
 Two threads, and no torch.compile, which made it slower here. Prints one row as of `tools.bench_bits`: counted bits, perplexities, seconds,
-MB above what the process had before.
+and the process's greatest resident size in MB.
 """
 
 import argparse
@@ -16,10 +16,6 @@ from pathlib import Path
 import torch
 from auto_round import AutoRound
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-
-def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
@@ -36,8 +32,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     data = [{"input_ids": row[None]} for row in protocol.calibration_windows(0)]
-    model(data[0]["input_ids"])
-    before, started = peak(), time.perf_counter()
+    started = time.perf_counter()
     AutoRound(
         model,
         tokenizer,
@@ -52,7 +47,7 @@ def main() -> None:
         device_map="cpu",
         enable_torch_compile=False,
     ).quantize()
-    seconds, used = time.perf_counter() - started, peak() - before
+    seconds, used = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     wiki, news = (protocol.perplexity(model, protocol.test_windows(name)) for name in protocol.TESTS)
     bits = options.bits + (16 + options.bits) / 64
     print(f"| peer: AutoRound, {options.iters} steps | {bits:.2f} | {wiki:.2f} | {news:.2f} | | {seconds:.0f} | {used:.0f} |")

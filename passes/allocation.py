@@ -1,20 +1,22 @@
 """What widths are chosen for: sites with what each may become, what that costs and takes; and a choice for all of them."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ir import edit, knapsack
-from ir.encoding import Encoding
+from ir.encoding import Encoding, Int
 from ir.knapsack import Choice, Option
 from ir.sites import Layer
 from ir.weights import stored_bits
+from passes.base import Context
 from passes.costs import Costs
+from passes.latency import LatencyTable
 
 Site = Sequence[Layer]  # linears that share a choice
 Marks = tuple[Encoding, ...]  # one for each layer of a site
 
 
-def size(site: Site, marks: Marks) -> int:
+def stored(site: Site, marks: Marks) -> int:
     """Bits that a site takes."""
     return sum(stored_bits(tuple(edit.value(layer.weight).shape), mark) for layer, mark in zip(site, marks, strict=True))
 
@@ -22,6 +24,23 @@ def size(site: Site, marks: Marks) -> int:
 def weights_in(site: Site) -> int:
     """Weights of a site."""
     return sum(int(edit.value(layer.weight).numel()) for layer in site)
+
+
+def marked(layer: Layer, width: int, group: int | None) -> Encoding:
+    """The layer's encoding with another width, and another group."""
+    encoding = layer.site("weight").encoding
+    assert encoding is not None
+    block = encoding.block if group is None else (1, group)
+    return replace(encoding, format=Int(width), block=block, symmetric=encoding.symmetric or width == 1)
+
+
+def refusal(ctx: Context, layer: Layer, mark: Encoding) -> str | None:
+    """Why the target cannot have a layer's weight as `mark`; None if it can."""
+    if ctx.backend is None:
+        return None
+    given = layer.site("input").encoding
+    marks = {"weight": mark} if given is None else {"input": given, "weight": mark}
+    return ctx.backend.supports(layer.kind, marks, tuple(edit.value(layer.weight).shape))
 
 
 @dataclass(frozen=True)
@@ -32,13 +51,21 @@ class Problem:
         sites: in graph order.
         options: of each site.
         costs: predicted, by layer and encoding.
-        budget: bits.
+        budget: bits; nanoseconds, if there are latencies.
+        latencies: of the target.
     """
 
     sites: Sequence[Site]
     options: Sequence[Sequence[Marks]]
     costs: Costs
     budget: int
+    latencies: LatencyTable | None = None
+
+    def size(self, site: Site, marks: Marks) -> int:
+        """What a site takes of the budget."""
+        if self.latencies is None:
+            return stored(site, marks)
+        return round(1e6 * sum(self.latencies.of(layer, mark) for layer, mark in zip(site, marks, strict=True)))
 
     @property
     def weights(self) -> int:
@@ -53,7 +80,7 @@ class Problem:
         """The options of the knapsack, the costs of each site multiplied by its factor."""
         scaled = factors or [1.0] * len(self.sites)
         return [
-            [Option(factor * self.cost(site, marks), size(site, marks)) for marks in own]
+            [Option(factor * self.cost(site, marks), self.size(site, marks)) for marks in own]
             for site, own, factor in zip(self.sites, self.options, scaled, strict=True)
         ]
 
@@ -87,7 +114,7 @@ class Allocation:
     @property
     def bits(self) -> float:
         """Bits per weight."""
-        return self.choice.size / self.problem.weights
+        return sum(map(stored, self.problem.sites, self.taken)) / self.problem.weights
 
     def marks(self, without: Collection[int] = ()) -> dict[Layer, Encoding]:
         """The encodings by layer; some sites left out, by number."""

@@ -8,14 +8,14 @@ from typing import ClassVar
 from torch.fx import GraphModule, Node
 
 from ir import edit
-from ir.encoding import Encoding, Int
 from ir.errors import CoverageError, DataError, OptionError
 from ir.rounding import GPTQ, Nearest, Rounding
 from ir.sites import Layer
 from ir.weights import unrounded
 from passes import correction, costs, findings
-from passes.allocation import Allocation, Marks, Problem, Site, size, weights_in
+from passes.allocation import Allocation, Marks, Problem, Site, marked, refusal, weights_in
 from passes.base import Context, Effect, Pass
+from passes.latency import LatencyTable, kind
 from passes.report import coverage
 from passes.trial import Trial, hold_out
 from passes.units import NATS
@@ -53,6 +53,8 @@ class AssignBits(Pass):
     Args:
         bits: budget: bits per weight of the annotated linears, with scales and zero points.
         bytes: budget in place of `bits`: bytes of the model as it will be stored, with everything that is not quantized.
+        latency: budget in place of `bits`: milliseconds that all annotated linears together take for one token on the target.
+        latencies: the file with the target's table of latencies; if there is none, it is measured on this machine and written there.
         widths: of weights to choose among, 1 to 8.
         groups: group sizes to choose among, -1 for whole channels; none: as annotated.
         fused: linears that read one tensor share their encoding.
@@ -72,6 +74,8 @@ class AssignBits(Pass):
 
     bits: float = 2.25
     bytes: int = 0
+    latency: float = 0.0
+    latencies: str = ""
     widths: tuple[int, ...] = (2, 3, 4, 8)
     groups: tuple[int, ...] = ()
     fused: bool = True
@@ -87,8 +91,10 @@ class AssignBits(Pass):
     def __post_init__(self) -> None:
         for name in ("widths", "groups"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not self.bits > 0 or self.bytes < 0:
-            raise OptionError("a budget is positive", where="assign_bits", remedy="give bits=2.25, or bytes=10_000_000")
+        if not self.bits > 0 or self.bytes < 0 or self.latency < 0 or (self.bytes and self.latency):
+            raise OptionError("there is one budget, and it is positive", where="assign_bits", remedy="give bits=2.25, or bytes=10_000_000")
+        if self.latency and not self.latencies:
+            raise OptionError("latencies are kept in a file", where="assign_bits(latency=...)", remedy="give latencies='latencies.json'")
         if not self.widths or any(type(width) is not int or not 1 <= width <= 8 for width in self.widths):
             raise OptionError(f"widths are whole numbers from 1 to 8, not {list(self.widths)}", where="assign_bits(widths=...)")
         if any(type(group) is not int or (group < 1 and group != -1) for group in self.groups):
@@ -113,18 +119,21 @@ class AssignBits(Pass):
         sites = self._sites(gm)
         if not sites:
             raise OptionError("assign_bits needs annotated linears", remedy="put annotate before assign_bits")
-        least = sum(min(size(site, marks) for marks in self._options(ctx, site)) for site in sites)
-        if least > self._budget(gm):
-            weights = sum(map(weights_in, sites))
-            nearest = f"bytes={-(-least // 8) + _rest(gm)}" if self.bytes else f"bits={-(-1000 * least // weights) / 1000}"
+        problem = self._problem(gm, ctx, sites)
+        least = sum(min(problem.size(site, marks) for marks in own) for site, own in zip(sites, problem.options, strict=True))
+        if least > problem.budget:
+            nearest = f"bits={-(-1000 * least // problem.weights) / 1000}"
+            if self.latency:
+                nearest = f"latency={-(-least // 1000) / 1000}"
+            elif self.bytes:
+                nearest = f"bytes={-(-least // 8) + _rest(gm)}"
             raise OptionError(f"no choice of widths fits into {self}", remedy=f"the least budget is {nearest}, or give smaller widths")
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Predict, choose, perhaps measure, annotate; returns the number of linears whose encoding changes."""
-        sites = self._sites(gm)
-        options = [self._options(ctx, site) for site in sites]
+        problem = self._problem(gm, ctx, self._sites(gm))
         known, held = hold_out(ctx, self.measure, self.seed)
-        problem = Problem(sites, options, self._costs(gm, known, sites, options), self._budget(gm))
+        problem = replace(problem, costs=self._costs(gm, known, problem.sites, problem.options))
         made = (
             self._measured(ctx, problem, Trial(gm, known, held, ROUNDINGS[self.rounding])) if self.measure else self._chosen(ctx, problem)
         )
@@ -162,8 +171,8 @@ class AssignBits(Pass):
         reasons = set()
         for width in self.widths:
             for group in self.groups or (None,):
-                marks = tuple(_marked(layer, width, group) for layer in site)
-                reason = next(filter(None, (_refusal(ctx, layer, mark) for layer, mark in zip(site, marks, strict=True))), None)
+                marks = tuple(marked(layer, width, group) for layer in site)
+                reason = next(filter(None, (refusal(ctx, layer, mark) for layer, mark in zip(site, marks, strict=True))), None)
                 if reason is None:
                     made[marks] = None
                 else:
@@ -171,6 +180,20 @@ class AssignBits(Pass):
         if not made:
             raise CoverageError("no width is left to choose from", where=site[0].path, remedy="; ".join(sorted(reasons)))
         return list(made)
+
+    def _problem(self, gm: GraphModule, ctx: Context, sites: Sequence[Site]) -> Problem:
+        """All but the costs; latencies are measured if their file is not there yet."""
+        options = [self._options(ctx, site) for site in sites]
+        if not self.latency:
+            return Problem(sites, options, {}, self._budget(gm))
+        pairs = (pair for site, own in zip(sites, options, strict=True) for marks in own for pair in zip(site, marks, strict=True))
+        kinds = list(dict.fromkeys(kind(layer, mark) for layer, mark in pairs))
+        path, backend = Path(self.latencies), ctx.backend
+        if backend is None:
+            raise OptionError("a latency is of a target", where="assign_bits(latency=...)", remedy="compile for a backend")
+        if not path.exists():
+            LatencyTable.measured(ctx, backend, kinds).save(path)
+        return Problem(sites, options, {}, round(1e6 * self.latency), LatencyTable.load(path, backend.name, kinds))
 
     def _budget(self, gm: GraphModule) -> int:
         """In bits of codes, scales and zero points."""
@@ -204,22 +227,6 @@ class AssignBits(Pass):
         if self.file:
             costs.save(found, self._made, Path(self.file))
         return found
-
-
-def _marked(layer: Layer, width: int, group: int | None) -> Encoding:
-    """The layer's encoding with another width, and another group."""
-    encoding = layer.site("weight").encoding
-    assert encoding is not None
-    block = encoding.block if group is None else (1, group)
-    return replace(encoding, format=Int(width), block=block, symmetric=encoding.symmetric or width == 1)
-
-
-def _refusal(ctx: Context, layer: Layer, mark: Encoding) -> str | None:
-    if ctx.backend is None:
-        return None
-    given = layer.site("input").encoding
-    marks = {"weight": mark} if given is None else {"input": given, "weight": mark}
-    return ctx.backend.supports(layer.kind, marks, tuple(edit.value(layer.weight).shape))
 
 
 def _rest(gm: GraphModule) -> int:

@@ -37,7 +37,7 @@ def rows(problem: Problem, unit: str, chosen: Allocation, measured: Iterable[tup
     marked: dict[tuple[int, ...], tuple[Allocation, float | None]] = {chosen.choice.picks: (chosen, None)}
     marked |= {allocation.choice.picks: (allocation, divergence) for allocation, divergence in measured}
     points: list[tuple[float, float, float | None, bool]]
-    points = [(choice.size / problem.weights, choice.cost, None, False) for choice in curve(problem) if choice.picks not in marked]
+    points = [(Allocation(problem, choice).bits, choice.cost, None, False) for choice in curve(problem) if choice.picks not in marked]
     points += [(one.bits, one.cost, divergence, picks == chosen.choice.picks) for picks, (one, divergence) in marked.items()]
     ordered = sorted(points, key=lambda point: point[:2])
     return [{"bits": bits, unit: cost, "measured": divergence, "chosen": taken} for bits, cost, divergence, taken in ordered]

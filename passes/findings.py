@@ -21,7 +21,8 @@ def tell(ctx: Context, made: Allocation, unit: str) -> None:
         elements[str(mark)] += weights
         rows.append({"layer": layer.path, "encoding": str(mark), "weights": weights, unit: made.problem.costs[layer.path, str(mark)]})
     total = sum(elements.values())
-    spent = f"{made.bits:.3f} bits a weight, {made.cost:.4g} {unit} predicted"
+    time = f"{made.choice.size / 1e6:.4g} ms a token, " if made.problem.latencies else ""
+    spent = f"{time}{made.bits:.3f} bits a weight, {made.cost:.4g} {unit} predicted"
     bound = f", no choice below {made.choice.bound:.4g}" if made.choice.bound <= made.cost else ""
     ctx.notes.append(f"assign_bits: {spent}{bound}")
     ctx.notes.append("assign_bits: " + ", ".join(f"{mark} {count / total:.1%}" for mark, count in sorted(elements.items())))

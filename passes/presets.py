@@ -97,6 +97,8 @@ def mixed(
     *,
     bits: float = AssignBits.bits,
     bytes: int = 0,
+    latency: float = 0.0,
+    latencies: str = "",
     widths: Sequence[int] = (2, 3, 4, 8),
     groups: Sequence[int] = (64, -1),
     transform: str = "rotate",
@@ -115,6 +117,7 @@ def mixed(
     Args:
         bits: budget: bits per weight, scales and zero points counted.
         bytes: budget in place of `bits`: bytes of the whole model as it is stored.
+        latency: budget in place of `bits`: milliseconds of all chosen linears on one token, by the target's table in the file `latencies`.
         widths: to choose among.
         groups: sizes to choose among of groups that share a scale; -1 for one scale per output channel.
         transform: "rotate" (the residual stream and the values, folded into the weights) or "none".
@@ -131,7 +134,7 @@ def mixed(
         raise OptionError(f"there is no transform {transform!r}", where="mixed(transform=...)", remedy=f"there are {list(OFFLINE_ONLY)}")
     names = cast("tuple[str, ...]", ignore)
     if solver == "masks":
-        if len(widths) != 2 or bytes:
+        if len(widths) != 2 or bytes or latency:
             raise OptionError("masks choose between two widths, under a budget in bits", where="mixed", remedy="set widths=(1, 4)")
         low, high = sorted(widths)
         # Parts of a linear have one scale per channel: groups would not fit into their sizes.
@@ -139,7 +142,16 @@ def mixed(
         chosen: Pass = LearnMasks(f"W{high}A16", bits=bits)
     elif solver == "knapsack":
         marks = Annotate("W4A16", group=64, symmetric=False, ignore=names, head=head)
-        chosen = AssignBits(bits, bytes, cast("tuple[int, ...]", widths), cast("tuple[int, ...]", groups), file=file, measure=measure)
+        chosen = AssignBits(
+            bits,
+            bytes,
+            latency,
+            latencies,
+            widths=cast("tuple[int, ...]", widths),
+            groups=cast("tuple[int, ...]", groups),
+            file=file,
+            measure=measure,
+        )
     else:
         raise OptionError(f"there is no solver {solver!r}", where="mixed(solver=...)", remedy="there are ['knapsack', 'masks']")
     propagation = None if rounding == "nearest" else PROPAGATION

@@ -3,7 +3,7 @@ import pytest
 from ir.encoding import Encoding
 from ir.sites import readers
 from ir.weights import stored_bits
-from passes.allocation import Problem, size, weights_in
+from passes.allocation import Problem, stored, weights_in
 from tests.families import load
 
 MARKS = [Encoding.parse(f"u{bits}[1,-1]") for bits in (2, 4)]
@@ -20,7 +20,7 @@ def test_sizes_and_weights_are_those_of_all_layers_of_a_site(problem):
     site = problem.sites[0]
     shapes = [tuple(layer.weight.meta["val"].shape) for layer in site]
     assert len(shapes) == 3
-    assert size(site, (MARKS[0],) * 3) == sum(stored_bits(shape, MARKS[0]) for shape in shapes)
+    assert stored(site, (MARKS[0],) * 3) == sum(stored_bits(shape, MARKS[0]) for shape in shapes)
     assert weights_in(site) == sum(rows * columns for rows, columns in shapes)
     assert problem.weights == sum(map(weights_in, problem.sites))
 
@@ -33,8 +33,8 @@ def test_a_choice_counts_costs_as_predicted_whatever_corrects_them(problem):
 
 
 def test_a_factor_moves_bits_to_a_site(problem):
-    sizes = [size(site, own[0]) for site, own in zip(problem.sites, problem.options, strict=True)]
-    room = size(problem.sites[1], problem.options[1][1]) - sizes[1]  # to widen the second site alone, or another one
+    sizes = [stored(site, own[0]) for site, own in zip(problem.sites, problem.options, strict=True)]
+    room = stored(problem.sites[1], problem.options[1][1]) - sizes[1]  # to widen the second site alone, or another one
     tight = Problem(problem.sites, problem.options, problem.costs, sum(sizes) + room)
     assert tight.solve([1e-3, 1e3] + [1e-3] * (len(sizes) - 2)).taken[1] == problem.options[1][1]
 

@@ -28,7 +28,7 @@ class Formula:
 
 @pytest.fixture
 def problem(monkeypatch):
-    monkeypatch.setattr(allocation, "size", lambda site, marks: marks[0].bits)
+    monkeypatch.setattr(allocation, "stored", lambda site, marks: marks[0].bits)
     node = fx.symbolic_trace(nn.Identity()).graph.output_node()
     costs = {(path, str(marks[0])): cost * (marks[0].bits == 2) for path, cost in PREDICTED.items() for marks in MARKS}
     return Problem([[Layer(node, path)] for path in TRUE], [MARKS] * 3, costs, 8)

@@ -57,7 +57,8 @@ OPTIONS = [
     ("learn(loss='block', steps=2)", "untie, fold_norm, annotate(scheme='W4A16', group=32, symmetric=False)"),
     ("rotate_channels(where=('R1', 'R2', 'R3', 'R4'), kind='orthogonal', block=16, seed=1)", "untie, fold_norm, center_norm"),
 ]
-MAPS = {"smooth_channels", "rotate_channels", "balance_channels", "learn"}  # they compose; the others find nothing the second time
+# They compose, or split what was whole the first time; the others find nothing the second time.
+MAPS = {"smooth_channels", "rotate_channels", "balance_channels", "learn", "split_channels", "learn_masks"}
 SHORT = {
     "sample_text": "sample_text(windows=3, length=5)",
     "learn": "learn(steps=3, rows=1)",

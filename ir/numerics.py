@@ -80,7 +80,7 @@ def choose_qparams(x: Tensor, encoding: Encoding, scale_dtype: torch.dtype | Non
             scale = split.abs().sum(axes) / ones.sum(axes)
         else:
             scale = split.abs().amax(axes) / (_symmetric_range(encoding) / encoding.clip)
-        return QParams(_stored(scale, scale_dtype))
+        return QParams(stored_scale(scale, scale_dtype))
     low, high = split.amin(axes).clamp_max(0) * encoding.clip, split.amax(axes).clamp_min(0) * encoding.clip
     return qparams_from_range(low, high, encoding, scale_dtype)
 
@@ -88,9 +88,9 @@ def choose_qparams(x: Tensor, encoding: Encoding, scale_dtype: torch.dtype | Non
 def qparams_from_range(low: Tensor, high: Tensor, encoding: Encoding, scale_dtype: torch.dtype | None = None) -> QParams:
     """Scales (and zero points) for values in [low, high], with low ≤ 0 ≤ high, tensors of the scales' shape."""
     if encoding.symmetric:
-        return QParams(_stored(torch.maximum(-low, high) / _symmetric_range(encoding), scale_dtype))
+        return QParams(stored_scale(torch.maximum(-low, high) / _symmetric_range(encoding), scale_dtype))
     least, greatest = code_range(encoding)
-    scale = _stored((high - low) / (greatest - least), scale_dtype)
+    scale = stored_scale((high - low) / (greatest - least), scale_dtype)
     zero_point = (-low / scale.to(low.dtype)).round().clamp(least, greatest)
     return QParams(scale, zero_point.to(torch.uint8))
 
@@ -102,7 +102,7 @@ def _symmetric_range(encoding: Encoding) -> float:
     return float(torch.finfo(FLOAT_STORAGE[encoding.format]).max)
 
 
-def _stored(scale: Tensor, dtype: torch.dtype | None) -> Tensor:
+def stored_scale(scale: Tensor, dtype: torch.dtype | None) -> Tensor:
     """`scale` kept away from zero and in the dtype that it is stored in."""
     return scale.clamp_min(TINY) if dtype != torch.float16 else scale.clamp(TINY_HALF, 65504.0).to(dtype)
 

@@ -41,12 +41,17 @@ def bits_of(scheme: str, where: str) -> tuple[int, int]:
     return SCHEMES[scheme]
 
 
+def with_bits(encoding: Encoding, bits: int) -> Encoding:
+    """A weight's encoding with another width; one bit has no zero point."""
+    return replace(encoding, format=Int(bits), symmetric=encoding.symmetric or bits == 1)
+
+
 def change_bits(layer: Layer, scheme: str) -> tuple[Encoding | None, Encoding]:
     """The encodings of a layer's input and weight as they are annotated, but with the bits of a scheme."""
     weights, activations = SCHEMES[scheme]
     weight, given = layer.site("weight").encoding, layer.site("input").encoding
     assert weight is not None
-    weight = replace(weight, format=Int(weights), symmetric=weight.symmetric or weights == 1)
+    weight = with_bits(weight, weights)
     if activations == FLOAT:
         return None, weight
     given = given or Encoding(Int(activations), (1, -1), dynamic=True)

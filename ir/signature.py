@@ -77,6 +77,11 @@ class Signature:
         return len({port.name.split(".")[1] for port in self.inputs if port.cached})
 
     @property
+    def causal(self) -> bool:
+        """Whether it is a causal language model's: token ids to logits, with a cache."""
+        return self.inputs[0].name == "input_ids" and self.outputs[0].name == "logits" and self.layers > 0
+
+    @property
     def coded(self) -> tuple[Port, ...]:
         """The outputs that hold codes, scales and zero points of a quantized cache."""
         return tuple(port for port in self.outputs if port.cached and (port.keeps_scales or not port.torch_dtype.is_floating_point))

@@ -1,23 +1,46 @@
 """Split linears over runs of their input channels: each run becomes a linear of its own, which may be stored in its own way."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ir import edit
+from ir.errors import OptionError
 from ir.match import aten, is_call
+from ir.ops import DEQUANTIZE
 from ir.schemes import change_bits
 from ir.sites import KEY, Layer, readers
 from ir.weights import unrounded
 
 
 def splittable(gm: GraphModule) -> dict[Node, list[Layer]]:
-    """The annotated linears by the tensor that they read, but for those that read a part of a tensor already; the first reader leads."""
+    """The annotated linears by the tensor that they read, but for those that read a part of a tensor already.
+
+    Raises:
+        OptionError: inputs that are rounded already.
+    """
     pending = {layer.node for layer in unrounded(gm)}
     found = {source: [layer for layer in layers if layer.node in pending] for source, layers in readers(gm).items()}
-    return {source: layers for source, layers in found.items() if layers and not is_call(source, aten.index_select.default)}
+    whole = {source: layers for source, layers in found.items() if layers and not _is_part(source)}
+    for source, layers in whole.items():
+        if source.target is DEQUANTIZE:
+            raise OptionError("the input is rounded already", where=layers[0].path, remedy="split channels before quantize")
+    return whole
+
+
+def _is_part(source: Node) -> bool:
+    """Whether a tensor is stored channels of another one."""
+    if not is_call(source, aten.index_select.default):
+        return False
+    _, axis, channels = source.args
+    return axis in {-1, edit.value(source).ndim - 1} and isinstance(channels, Node) and channels.op == "get_attr"
+
+
+def rows_of(found: Sequence[Layer]) -> int:
+    """Rows of all weights that read one tensor: what one channel takes."""
+    return sum(int(edit.value(layer.weight).shape[0]) for layer in found)
 
 
 def split(gm: GraphModule, source: Node, found: Sequence[Layer], parts: Sequence[Tensor]) -> list[list[Node]]:
@@ -88,6 +111,31 @@ def best_channels(scores: Sequence[Tensor], rows: Sequence[int], share: float, m
             taken[tensor] += multiple
             room -= size
     return [order[:count] for order, count in zip(orders, taken, strict=True)]
+
+
+def split_best(
+    gm: GraphModule,
+    whole: Mapping[Node, Sequence[Layer]],
+    scores: Mapping[Node, Tensor],
+    share: float,
+    multiple: int,
+    high: str,
+    order: Mapping[Node, Tensor],
+) -> tuple[float, int]:
+    """Split off the best channels of all tensors, as of `best_channels`, each as of `split_off`.
+
+    Returns:
+        The share of the weights that was chosen, and the number of linears that became two.
+    """
+    rows = [rows_of(found) for found in whole.values()]
+    picked = best_channels([scores[source] for source in whole], rows, share, multiple)
+    size = sum(len(scores[source]) * count for source, count in zip(whole, rows, strict=True))
+    changed = 0
+    for (source, found), channels in zip(whole.items(), picked, strict=True):
+        if len(channels):
+            split_off(gm, source, found, channels, high, order.get(source))
+            changed += len(found)
+    return sum(len(channels) * count for channels, count in zip(picked, rows, strict=True)) / size, changed
 
 
 def split_off(gm: GraphModule, source: Node, found: Sequence[Layer], channels: Tensor, high: str = "", size: Tensor | None = None) -> None:

@@ -1,6 +1,5 @@
 """What calibration keeps of the inputs of a site: extremes, moments, quantiles, Gram matrix; streamed, merged, stored and reloaded."""
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ir.errors import DataError
+from ir.files import appearing
 from ir.sketch import QuantileSketch
 
 FORMAT = {"format": "fxpress-statistics", "version": "2"}
@@ -196,12 +196,8 @@ class Statistics(dict[str, TensorStatistics]):
         """Write all sites into one safetensors file; a reader sees the old file or the whole new one, never a part."""
         path = Path(path)
         tensors = {f"{site}/{name}": kept.contiguous() for site, at in self.items() for name, kept in at.tensors().items()}
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with appearing(path) as draft:
             save_file(tensors, draft, FORMAT)
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path | str) -> "Statistics":

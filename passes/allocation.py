@@ -4,8 +4,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from ir import edit, knapsack
-from ir.encoding import Encoding, Int
+from ir.encoding import Encoding
 from ir.knapsack import Choice, Option
+from ir.schemes import with_bits
 from ir.sites import Layer
 from ir.weights import stored_bits
 from passes.base import Context
@@ -30,8 +31,7 @@ def marked(layer: Layer, width: int, group: int | None) -> Encoding:
     """The layer's encoding with another width, and another group."""
     encoding = layer.site("weight").encoding
     assert encoding is not None
-    block = encoding.block if group is None else (1, group)
-    return replace(encoding, format=Int(width), block=block, symmetric=encoding.symmetric or width == 1)
+    return replace(with_bits(encoding, width), block=encoding.block if group is None else (1, group))
 
 
 def refusal(ctx: Context, layer: Layer, mark: Encoding) -> str | None:

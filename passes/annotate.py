@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 from ir import edit
 from ir.encoding import Encoding, Int
 from ir.errors import CoverageError, OptionError
-from ir.schemes import FLOAT, bits_of
+from ir.schemes import FLOAT, SCHEMES, bits_of
 from ir.sites import Layer, check_patterns, heads, layers, matches
 from passes.base import Context, Effect, Pass
 
@@ -67,12 +67,12 @@ class Annotate(Pass):
     @property
     def weights(self) -> Encoding:
         """The encoding of weights."""
-        return Encoding(Int(bits_of(self.scheme, "")[0]), (1, self.group), symmetric=self.symmetric)
+        return Encoding(Int(SCHEMES[self.scheme][0]), (1, self.group), symmetric=self.symmetric)
 
     @property
     def activations(self) -> Encoding | None:
         """The encoding of activations; None if they stay in floating point."""
-        bits = bits_of(self.scheme, "")[1]
+        bits = SCHEMES[self.scheme][1]
         if bits == FLOAT:
             return None
         return Encoding(Int(bits), (1, -1), dynamic=True) if self.dynamic else Encoding(Int(bits), (-1,), symmetric=False)

@@ -43,6 +43,12 @@ def tokens_in(batch: Sequence[Tensor]) -> int:
     return int((shape[:-1] if batch[0].is_floating_point() else shape[:2]).numel())
 
 
+def take_rows(batch: Sequence[Tensor], rows: Any) -> list[Tensor]:
+    """Some samples of a flat batch: whatever picks rows of a tensor, applied to every input that has one a sample."""
+    size = len(batch[0])
+    return [value[rows] if value.ndim and len(value) == size else value for value in batch]
+
+
 def _flat(signature: Signature, batch: Any) -> list[Tensor]:
     if isinstance(batch, Mapping):
         bound = signature.bind(**batch)

@@ -82,7 +82,7 @@ class Codes:
         levels, _ = self.levels()
         z = self.first.zero_point
         codes = levels if z is None else levels + self._spread(z.float())
-        return codes.to(numerics.storage_dtype(self.encoding)), QParams(self.scale.clamp_max(65504.0).to(SCALE_DTYPE), z)
+        return codes.to(numerics.storage_dtype(self.encoding)), QParams(numerics.stored_scale(self.scale, SCALE_DTYPE), z)
 
 
 class _Linear(torch.autograd.Function):

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from ir import edit, numerics
 from ir.encoding import Encoding
 from ir.errors import DataError
+from ir.files import appearing
 from ir.rounding import Evidence, Rounding
 from ir.sites import Layer
 from passes.base import Context
@@ -69,9 +70,8 @@ def _squares(W: Tensor, gram: Tensor) -> Tensor:
 def save(costs: Costs, made: Mapping[str, Any], path: Path) -> None:
     """Write a table of costs, and how it was made, under a temporary name first."""
     rows = [[layer, encoding, cost] for (layer, encoding), cost in costs.items()]
-    draft = path.with_name(path.name + ".writing")
-    draft.write_text(json.dumps({"format": FORMAT, "made": dict(made), "costs": rows}, indent=0), encoding="utf-8")
-    draft.replace(path)
+    with appearing(path) as draft:
+        draft.write_text(json.dumps({"format": FORMAT, "made": dict(made), "costs": rows}, indent=0), encoding="utf-8")
 
 
 def load(path: Path, made: Mapping[str, Any]) -> Costs:

@@ -7,6 +7,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from passes.calibration import take_rows
+
 T = TypeVar("T")
 Loss = Callable[[T], Tensor]
 WARM_UP = 10  # steps
@@ -29,9 +31,7 @@ def shuffled(items: Sequence[T], seed: int) -> Iterator[tuple[T, torch.Generator
 
 def some_rows(batch: Sequence[Tensor], count: int, generator: torch.Generator) -> list[Tensor]:
     """Some samples of a batch."""
-    size = batch[0].shape[0]
-    rows = torch.randperm(size, generator=generator)[:count]
-    return [value[rows] if value.ndim and value.shape[0] == size else value for value in batch]
+    return take_rows(batch, torch.randperm(len(batch[0]), generator=generator)[:count])
 
 
 def descend(

@@ -11,23 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ir import edit
 from ir.capture import capture
 from ir.encoding import Encoding
 from ir.errors import DataError
+from ir.files import appearing
 from ir.sites import Layer, layers
 from passes.backend import Backend
 from passes.base import Context
 from passes.pipeline import Pipeline
 
 FORMAT = "fxpress-latency-1"
-COPIES = 6  # linears in the greater of two models; the time of a model itself falls out of the difference
+COPIES = 4  # linears in the greater of two models; the time of a model itself falls out of the difference
 ROUNDS, RUNS = 9, 20
+LEAST = 1e-6  # milliseconds: what is too quick to tell from nothing still counts as something
 Kind = tuple[int, int, str, str]  # rows and columns of a weight, encodings of the input ("" if it has none) and of the weight
 
 
 def kind(layer: Layer, mark: Encoding) -> Kind:
     """What the time of a linear depends on."""
-    rows, columns = layer.weight.meta["val"].shape
+    rows, columns = edit.value(layer.weight).shape
     return int(rows), int(columns), str(layer.site("input").encoding or ""), str(mark)
 
 
@@ -45,9 +48,8 @@ class LatencyTable:
     def save(self, path: Path) -> None:
         """Write it, under a temporary name first."""
         rows = [[*key, time] for key, time in self.milliseconds.items()]
-        draft = path.with_name(path.name + ".writing")
-        draft.write_text(json.dumps({"format": FORMAT, "backend": self.backend, "milliseconds": rows}, indent=0), encoding="utf-8")
-        draft.replace(path)
+        with appearing(path) as draft:
+            draft.write_text(json.dumps({"format": FORMAT, "backend": self.backend, "milliseconds": rows}, indent=0), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path, backend: str, wanted: Collection[Kind]) -> "LatencyTable":
@@ -72,19 +74,17 @@ class LatencyTable:
 
     @classmethod
     def measured(cls, ctx: Context, backend: Backend, wanted: Iterable[Kind]) -> "LatencyTable":
-        """Measure every kind on this machine: one linear's share of the time of a model of several.
-
-        Medians over rounds in which all kinds take turns, so that a machine that slows down meanwhile slows all of them.
-        """
+        """Measure every kind on this machine, one after the other: memory holds the linears of one kind."""
         kinds = list(dict.fromkeys(wanted))
-        made = {key: [_executable(backend, key, copies) for copies in (1, COPIES)] for key in ctx.track(kinds, "latency models")}
-        times: dict[Kind, list[float]] = {key: [] for key in kinds}
-        for _ in ctx.track(range(ROUNDS), "latency"):
-            for key in kinds:
-                x = torch.randn(1, 1, key[1], generator=torch.Generator().manual_seed(0))
-                one, several = (_time(run, x) for run in made[key])
-                times[key].append((several - one) / (COPIES - 1))
-        return cls(backend.name, {key: max(statistics.median(own), 1e-6) for key, own in times.items()})
+        return cls(backend.name, {key: _milliseconds(backend, key) for key in ctx.track(kinds, "latencies")})
+
+
+def _milliseconds(backend: Backend, key: Kind) -> float:
+    """One linear's share of the time of a model of several; the median of rounds in which that and a model of one take turns."""
+    small, great = (_executable(backend, key, copies) for copies in (1, COPIES))
+    x = torch.randn(1, 1, key[1], generator=torch.Generator().manual_seed(0))
+    differences = [_time(great, x) - _time(small, x) for _ in range(ROUNDS)]
+    return max(statistics.median(differences) / (COPIES - 1), LEAST)
 
 
 class _Copies(nn.Module):

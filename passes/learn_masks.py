@@ -1,5 +1,6 @@
 """`learn_masks`: learn by gradient which input channels are stored in a wider scheme."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from ir.errors import DataError, OptionError
 from ir.schemes import bits_of, change_bits
 from ir.signature import Signature
 from ir.sites import Layer
-from ir.split import best_channels, split_off, splittable
+from ir.split import rows_of, split_best, splittable
 from ir.weights import stored_bits
 from passes.base import Context, Effect, Pass
 from passes.descent import shuffled, some_rows
@@ -36,7 +37,8 @@ class LearnMasks(Pass):
     is the share of weights in the wider scheme. The model's weights stay as they are. How many channels a layer gets is learned; in the end
     those with the greatest logits are taken that the budget has room for.
 
-    Limits: 1. two schemes; 2. masks are learned on weights rounded to nearest, whatever rounds them later.
+    Limits: 1. two schemes; 2. masks are learned on weights rounded to nearest, whatever rounds
+    them later, and static inputs on each batch's own range.
 
     Args:
         high: scheme of the chosen channels; the rest is as annotated.
@@ -88,10 +90,10 @@ class LearnMasks(Pass):
             raise DataError("learn_masks needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
 
     def requires(self, gm: GraphModule, ctx: Context) -> None:
-        """A causal language model, for its cross entropy."""
+        """Inputs in floating point; and for cross entropy a causal language model."""
         signature: Signature | None = gm.meta.get("signature")
-        named = signature is not None and signature.inputs[0].name == "input_ids" and "logits" in own_outputs(gm).values()
-        if self.loss == "cross_entropy" and not named:
+        splittable(gm)
+        if self.loss == "cross_entropy" and (signature is None or not signature.causal):
             raise OptionError("cross_entropy needs a causal language model", where=str(self), remedy="set loss='divergence'")
 
     def _share(self, whole: Mapping[Node, Sequence[Layer]]) -> float:
@@ -100,12 +102,15 @@ class LearnMasks(Pass):
             return self.share
         found = [layer for found in whole.values() for layer in found]
         room = self.bits * sum(edit.value(layer.weight).numel() for layer in found)
-        sizes = [sum(_size(layer, self.high, share / 1000) for layer in found) for share in range(1, 1000)]
-        fitting = [share for share, size in enumerate(sizes, 1) if size <= room]
+
+        def size(share: int) -> int:
+            return sum(_size(layer, self.high, share / 1000) for layer in found)
+
+        fitting = bisect_right(range(1, 1000), room, key=size)
         if not fitting:
-            least = sizes[0] / sum(edit.value(layer.weight).numel() for layer in found)
+            least = self.bits * size(1) / room
             raise OptionError(f"no channel in {self.high} fits into {self}", remedy=f"the least budget is bits={least:.3f}")
-        return max(fitting) / 1000
+        return fitting / 1000
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Learn, then split; returns the number of linears that became two."""
@@ -113,20 +118,14 @@ class LearnMasks(Pass):
         if not whole:
             return 0
         share = self._share(whole)
-        rows = [sum(int(edit.value(layer.weight).shape[0]) for layer in found) for found in whole.values()]
+        rows = [rows_of(found) for found in whole.values()]
         with torch.enable_grad():
             logits = self._learned(gm, ctx, whole, rows, share)
         least = min(float(own.min()) for own in logits)
-        picked = best_channels([(own - least) * count for own, count in zip(logits, rows, strict=True)], rows, share, self.multiple)
-        moments = mean_squares(gm, ctx, whole) if self.order else {}
-        changed = 0
-        for (source, found), channels in zip(whole.items(), picked, strict=True):
-            if len(channels):
-                split_off(gm, source, found, channels, self.high, moments.get(source))
-                changed += len(found)
-        sizes = [len(own) for own in logits]
-        taken = sum(len(channels) * count for channels, count in zip(picked, rows, strict=True))
-        ctx.notes.append(f"learn_masks: {taken / sum(map(int.__mul__, sizes, rows)):.2%} of the weights in {self.high}")
+        scores = {source: (own - least) * count for source, own, count in zip(whole, logits, rows, strict=True)}
+        order = mean_squares(gm, ctx, whole) if self.order else {}
+        taken, changed = split_best(gm, whole, scores, share, self.multiple, self.high, order)
+        ctx.notes.append(f"learn_masks: {taken:.2%} of the weights in {self.high}, in {changed} linears")
         return changed
 
     def _learned(
@@ -141,16 +140,17 @@ class LearnMasks(Pass):
         masks = MaskGenerator(sizes, drawn)
         optimizer = torch.optim.AdamW(masks.parameters(), lr=self.rate, weight_decay=0.05)
         samples = shuffled(list(ctx.calibration), self.seed)
+        pairs = [
+            (place, layer.node, encodings(layer), change_bits(layer, self.high))
+            for place, found in enumerate(whole.values())
+            for layer in found
+        ]
         for _ in ctx.track(range(self.steps), "learn masks"):
             batch, generator = next(samples)
             given = evaluate.bind(gm, some_rows(batch, self.rows, generator))
             gates = [gate(logits, drawn) for logits in masks()]
             spent = torch.stack([hard(own).sum() * count for own, count in zip(gates, rows, strict=True)]).sum() / total
-            instead = {
-                layer.node: partial(mixed_linear, encodings(layer), change_bits(layer, self.high), own)
-                for found, own in zip(whole.values(), gates, strict=True)
-                for layer in found
-            }
+            instead = {node: partial(mixed_linear, low, high, gates[place]) for place, node, low, high in pairs}
             found = evaluate.evaluate(gm, nodes, given, list(outputs), instead=instead, grad=True)
             loss = self._loss(gm, nodes, given, found, outputs) + self.strength * distance_to(share, spent.clamp_min(1e-6))
             optimizer.zero_grad()

@@ -1,6 +1,6 @@
 """Streaming runs over the calibration data: what passes learn of a graph's values."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from ir import evaluate
 from ir.sites import readers
 from ir.statistics import Statistics
 from passes.base import Context
-from passes.calibration import tokens_in
+from passes.calibration import take_rows, tokens_in
 
 TOKENS = 16384  # that tell mean squares well enough
 
@@ -50,16 +50,7 @@ def sampled(ctx: Context, tokens: int) -> Context:
     share = tokens / max(sum(map(tokens_in, ctx.calibration)), 1)
     if share >= 1:
         return ctx
-    fewer = [[value[: _rows(batch, share)] if _batched(value, batch) else value for value in batch] for batch in ctx.calibration]
-    return replace(ctx, calibration=fewer)
-
-
-def _rows(batch: Sequence[Tensor], share: float) -> int:
-    return max(1, round(share * len(batch[0])))
-
-
-def _batched(value: Tensor, batch: Sequence[Tensor]) -> bool:
-    return bool(value.ndim) and len(value) == len(batch[0])
+    return replace(ctx, calibration=[take_rows(batch, slice(max(1, round(share * len(batch[0]))))) for batch in ctx.calibration])
 
 
 def observed(gm: GraphModule, ctx: Context, *, gram: bool = False, sketch: bool = True) -> Statistics:

@@ -148,14 +148,14 @@ def still_inputs(gm: GraphModule, ctx: Context, pending: dict[Node, Layer], doin
             if node in pending:
                 readers.setdefault(pending[node].site("input").operand, []).append(pending[node])
         grams = {source: torch.zeros(2 * (edit.value(source).shape[-1],)) for source in readers}
-        exit_ = () if block is cut[-1] else block.exit
+        leaving = () if block is cut[-1] else block.exit
         count = 0
         for index, batch in enumerate(ctx.calibration):
-            values = stream.values(block, index, batch, [*readers, *exit_])
+            values = stream.values(block, index, batch, [*readers, *leaving])
             for source, gram in grams.items():
                 x = values[source].flatten(0, -2).float()
                 gram.addmm_(x.T, x)
-            stream.entering[index] = {node: values[node] for node in exit_}
+            stream.entering[index] = {node: values[node] for node in leaving}
             count += tokens_in(batch)
         for source, layers in readers.items():
             yield Inputs(layers, _finite(grams[source], source) / max(count, 1), None, {})

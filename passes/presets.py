@@ -6,6 +6,7 @@ from functools import partial
 from typing import cast
 
 from ir.errors import OptionError
+from ir.schemes import FLOAT
 from passes.annotate import Annotate
 from passes.assign_bits import AssignBits
 from passes.base import Pass
@@ -16,13 +17,14 @@ from passes.learn_rounding import LearnRounding
 from passes.observe import Observe
 from passes.pipeline import Pipeline
 from passes.quantize import Quantize
-from passes.quantize_cache import FLOAT, QuantizeCache
+from passes.quantize_cache import QuantizeCache
 from passes.rotate_channels import RotateChannels
 from passes.round_weights import RoundWeights
 from passes.sample_text import SampleText
 from passes.smooth_channels import PLACES, SmoothChannels
 from passes.transforms import MLP, OFFLINE_ONLY, OPENED, transformed
 
+GROUPS = (64, -1)  # that `mixed` chooses among
 PROPAGATION = 0.25  # of the prefix's error: all of it follows the calibration data too closely
 
 
@@ -100,7 +102,7 @@ def mixed(
     latency: float = 0.0,
     latencies: str = "",
     widths: Sequence[int] = (2, 3, 4, 8),
-    groups: Sequence[int] = (64, -1),
+    groups: Sequence[int] = GROUPS,
     transform: str = "rotate",
     solver: str = "knapsack",
     rounding: str = "learned",
@@ -136,6 +138,8 @@ def mixed(
     if solver == "masks":
         if len(widths) != 2 or bytes or latency:
             raise OptionError("masks choose between two widths, under a budget in bits", where="mixed", remedy="set widths=(1, 4)")
+        if file or measure or tuple(groups) != GROUPS:
+            raise OptionError("masks have no use for file, measure and groups", where="mixed", remedy="leave them out with solver='masks'")
         low, high = sorted(widths)
         # Parts of a linear have one scale per channel: groups would not fit into their sizes.
         marks = Annotate(f"W{low}A16", symmetric=low == 1, ignore=names, head=head)

@@ -13,12 +13,11 @@ from ir.cache_code import CacheCode, recode
 from ir.encoding import Encoding, Int
 from ir.errors import CoverageError, DataError, OptionError
 from ir.packing import container, per_byte
+from ir.schemes import FLOAT
 from ir.signature import CACHE, Signature
 from ir.statistics import Statistics
 from passes.base import Context, Effect, Pass
 from passes.observation import watch
-
-FLOAT = 16  # bits that stand for "left in floating point"
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,7 @@ class SampleText(Pass):
     def requires(self, gm: GraphModule, ctx: Context) -> None:
         """A causal language model."""
         signature: Signature | None = gm.meta.get("signature")
-        named = signature is not None and signature.inputs[0].name == "input_ids" and signature.outputs[0].name == "logits"
-        if not named or signature is None or not signature.layers:
+        if signature is None or not signature.causal:
             raise OptionError(
                 "sample_text needs a causal language model with a cache", remedy="leave the pass out (presets: own_text=False)"
             )

@@ -13,7 +13,7 @@ from ir.errors import DataError, OptionError
 from ir.rounding import search_qparams
 from ir.schemes import bits_of
 from ir.sites import Layer
-from ir.split import best_channels, split_off, splittable
+from ir.split import split_best, splittable
 from passes.base import Context, Effect, Pass
 from passes.gradients import output_sensitivity
 from passes.observation import mean_squares
@@ -38,7 +38,7 @@ class SplitChannels(Pass):
     Law: `x Wᵀ + b = Σ_p x_p W_pᵀ + b` for any partition of the channels. Each part has scales of its own, for activations too, so that
     outliers of one no longer stretch those of the other (2606.07819, after QUIK and Atom). Layers that read one tensor are split alike.
     How many channels of a layer are chosen differs; only the share over all layers is given. Within a part, channels go by their mean
-    magnitude, so that groups hold like channels.
+    square, so that groups hold like channels.
 
     Limits: 1. weights are not quantized yet; 2. gathering costs a copy of the activations, and 32 bits for each channel of a tensor, which
     count among the model's bytes and not among the bits per weight.
@@ -46,7 +46,7 @@ class SplitChannels(Pass):
     Args:
         high: scheme of the chosen channels; "" leaves both parts as annotated, for `assign_bits` to choose.
         share: of all annotated weights, to choose.
-        by: "loss", what rounding the channel as annotated costs the model, predicted as `assign_bits` does; or "activation", the mean |x|.
+        by: "loss", what rounding the channel as annotated costs the model, predicted; or "activation", the mean square.
         multiple: channels of a layer are chosen that many at a time.
         order: sort channels within a part; else they keep their order.
         tokens: that gradients are taken from.
@@ -79,6 +79,10 @@ class SplitChannels(Pass):
         if not ctx.calibration:
             raise DataError("split_channels needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
 
+    def requires(self, gm: GraphModule, ctx: Context) -> None:
+        """Inputs in floating point."""
+        splittable(gm)
+
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Choose over all layers, then split; returns the number of linears that became two."""
         whole = splittable(gm)
@@ -86,16 +90,8 @@ class SplitChannels(Pass):
             return 0
         moments = mean_squares(gm, ctx, whole)
         scores = moments if self.by == "activation" else self._costs(gm, ctx, whole, moments)
-        rows = [sum(edit.value(layer.weight).shape[0] for layer in found) for found in whole.values()]
-        picked = best_channels([scores[source] for source in whole], rows, self.share, self.multiple)
-        changed = 0
-        for (source, found), channels in zip(whole.items(), picked, strict=True):
-            if len(channels):
-                split_off(gm, source, found, channels, self.high, moments[source] if self.order else None)
-                changed += len(found)
-        taken = sum(len(channels) * count for channels, count in zip(picked, rows, strict=True))
-        size = sum(len(scores[source]) * count for source, count in zip(whole, rows, strict=True))
-        ctx.notes.append(f"split_channels: {taken / size:.2%} of the weights are chosen, in {changed} linears")
+        taken, changed = split_best(gm, whole, scores, self.share, self.multiple, self.high, moments if self.order else {})
+        ctx.notes.append(f"split_channels: {taken:.2%} of the weights are chosen, in {changed} linears")
         return changed
 
     def _costs(

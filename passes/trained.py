@@ -44,7 +44,7 @@ class TrainedWeight:
     @property
     def scale(self) -> Tensor:
         """As trained so far."""
-        return (self.first * self.log_scale.exp()).clamp(numerics.TINY_HALF, 65504.0)
+        return (self.first * self.log_scale.exp()).clamp_min(numerics.TINY_HALF)
 
     @property
     def zero_point(self) -> Tensor | None:
@@ -66,7 +66,7 @@ class TrainedWeight:
 
     def store(self) -> None:
         """Write what was trained into the graph."""
-        edit.set_attribute(self.gm, self._at(1), self.scale.detach().to(SCALE_DTYPE))
+        edit.set_attribute(self.gm, self._at(1), numerics.stored_scale(self.scale.detach(), SCALE_DTYPE))
         zero = self.zero_point
         if self.shift is not None and zero is not None:
             edit.set_attribute(self.gm, self._at(2), zero.detach().to(torch.uint8))

@@ -16,7 +16,7 @@ from ir.numerics import QParams
 from ir.rounding import Evidence, Rounding
 from ir.sites import Layer
 from passes.base import Context
-from passes.calibration import tokens_in
+from passes.calibration import take_rows, tokens_in
 from passes.divergence import of_outputs, own_outputs
 from passes.prefix import still_inputs
 
@@ -131,6 +131,4 @@ def hold_out(ctx: Context, tokens: int, seed: int) -> tuple[Context, list[list[T
 
 def _rows(batch: Sequence[Tensor], place: int, taken: set[tuple[int, int]], held: bool) -> list[Tensor]:
     """The samples of a batch that are held out, or the others."""
-    size = len(batch[0])
-    rows = [row for row in range(size) if ((place, row) in taken) is held]
-    return [value[rows] if value.ndim and len(value) == size else value for value in batch]
+    return take_rows(batch, [row for row in range(len(batch[0])) if ((place, row) in taken) is held])

@@ -63,23 +63,26 @@ class Tune(Pass):
         """Rounded weights, and inputs as the model had them."""
         if not stored_linears(gm):
             raise OptionError("tune trains what stands around integers, and there are none", remedy="put round_weights before tune")
-        if ctx.original is None or len(evaluate.placeholders(ctx.original)) != len(evaluate.placeholders(gm)):
+        if ctx.original is None:
+            raise OptionError("the model as it was is not known", where="tune", remedy="run the pipeline by passes.compile")
+        if len(evaluate.placeholders(ctx.original)) != len(evaluate.placeholders(gm)):
             raise OptionError("the graph takes other inputs than the model as it was", remedy="put tune before quantize_cache")
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
-        """Train; returns the number of tensors that were."""
-        assert ctx.original is not None
-        weights = {node: TrainedWeight(gm, node, zero_points="zero_points" in self.parts) for node in stored_linears(gm)}
+        """Train; returns the number of tensors that were, at least in part."""
+        original = ctx.original
+        assert original is not None
+        users = stored_linears(gm)
+        weights = {node: TrainedWeight(gm, node, zero_points="zero_points" in self.parts) for node in users}
         gains = [TrainedGain(gm, node) for node in norms(gm)] if "gains" in self.parts else []
-        instead = straight_through(gm) | {user: own.linear for node, own in weights.items() for user in stored_linears(gm)[node]}
+        instead = straight_through(gm) | {user: own.linear for node, own in weights.items() for user in users[node]}
         instead |= {own.node: own.norm for own in gains}
-        outputs, exact = own_outputs(gm), own_outputs(ctx.original)
+        outputs, exact = own_outputs(gm), own_outputs(original)
         nodes = [node for node in evaluate.calls_for(gm, outputs) if node not in weights]
-        teacher = evaluate.calls_for(ctx.original, exact)
+        teacher = evaluate.calls_for(original, exact)
 
         def loss(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-            assert ctx.original is not None
-            found = evaluate.evaluate(ctx.original, teacher, evaluate.bind(ctx.original, rows), list(exact))
+            found = evaluate.evaluate(original, teacher, evaluate.bind(original, rows), list(exact))
             target = dict(zip(outputs, found.values(), strict=True))
             given = evaluate.bind(gm, rows) | dict.fromkeys(weights)
             return of_outputs(
@@ -98,4 +101,4 @@ class Tune(Pass):
         trained: list[TrainedWeight | TrainedGain] = [*weights.values(), *gains]
         for own in trained:
             own.store()
-        return len(trained)
+        return len(parameters)

@@ -4,7 +4,7 @@
 
 Every linear but the head. Nothing is chosen on the test texts. Peers' figures are those of the bench folder, measured with the same
 protocol; `tools/peers/autoround.py` measures one of them beside, in an environment of its own. Seconds are whole compiles, with everything
-that `mixed` does; MB are the process's greatest resident size, of which torch and transformers take about 600.
+that `mixed` does; MB are the process's greatest resident size, of which imports and the loaded model take 830.
 """
 
 import argparse
@@ -38,6 +38,7 @@ BUDGETS = {1.6: "widths=(1, 2, 3, 4)", 2.0: "widths=(1, 2, 3, 4)", 2.28: "", 2.5
 UNIFORM = "canonicalize, annotate(scheme='W{}A16', group={}, symmetric=False), round_weights"
 OPENED = "canonicalize, untie, fold_norm, center_norm"
 LOCAL = f"{OPENED}, annotate(scheme='W4A16', group=64, symmetric=False), rotate_channels(where=['R1', 'R2'])"
+SECTIONS = ("budgets", "losses", "masks", "low", "seeds")
 HEAD = "| pipeline | counted bits | WikiText-2 | news | excess, nats | seconds | MB |\n|---|---|---|---|---|---|---|"
 
 
@@ -80,7 +81,7 @@ def budgets(folder: Path, seed: int, options: str) -> list[str]:
 
 
 def losses(folder: Path, seed: int, bits: float) -> list[str]:
-    """The same budget and rounding, with widths chosen by the model's loss, by the layers' own errors, and learned masks."""
+    """The same budget and rounding, with widths chosen by the model's loss, and by the layers' own errors."""
     choices = {
         "the model's predicted loss": f"assign_bits(bits={bits}, groups=(64, -1))",
         "each layer's own relative error": f"assign_bits(bits={bits}, groups=(64, -1), loss='layer')",
@@ -123,7 +124,7 @@ def masks(folder: Path, seed: int, steps: int) -> list[str]:
 
 
 def low(folder: Path, seed: int) -> list[str]:
-    """1.6 bits the published way: a fifth of the channels in 4 bits, the others in 1."""
+    """1.6 bits the published way: a part of the channels in 4 bits, the others in 1."""
     marked = f"{OPENED}, annotate(scheme='W1A16'), split_channels(high='W4A16', share=0.16, by='activation', order=False)"
     names = {
         "1 and 4 bits to nearest": f"{marked}, round_weights(method='nearest')",
@@ -147,7 +148,7 @@ def main() -> None:
     parser.add_argument("bench", type=Path)
     parser.add_argument("--options", default="steps=100", help="of mixed")
     parser.add_argument("--mask-steps", type=int, default=200)
-    parser.add_argument("--sections", nargs="*", help="some of: budgets, masks, low, losses, seeds")
+    parser.add_argument("--sections", nargs="*", choices=SECTIONS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -162,7 +163,7 @@ def main() -> None:
         "low": ("Channels within linears, 1.6 bits", lambda: low(folder, options.seed)),
         "seeds": ("Spread over seeds", lambda: seeds(folder, options.options)),
     }
-    for key in options.sections or sections:
+    for key in options.sections or SECTIONS:
         title, run = sections[key]
         text += [f"## {title}\n", *run(), ""]
         if options.out:

@@ -60,7 +60,7 @@ def _fit_scale(draft: Draft, V_hat: Tensor, P: Tensor, H: Tensor, group: int) ->
     rows = torch.arange(q.shape[1], device=q.device) // draft.encoding.block_shape((q.shape[1], g))[0]
     slope, curvature = (torch.zeros_like(scale, dtype=torch.float32).index_add(0, rows, (q * x).sum(0)) for x in (P, H @ q))
     best = scale.float() + slope / curvature.clamp_min(torch.finfo(torch.float32).tiny)
-    draft.set_scale(group, torch.where(curvature > 0, best.clamp(numerics.TINY_HALF, 65504.0), scale).to(SCALE_DTYPE))
+    draft.set_scale(group, torch.where(curvature > 0, numerics.stored_scale(best, SCALE_DTYPE), scale))
     step = q * draft.at(group).scale - V_hat
     P.addmm_(H, step, alpha=-1)
     V_hat += step

@@ -76,7 +76,7 @@ class KroneckerDraft:
             A = share.T @ (self.H_out * (q @ self.H_in[span, span] @ q.T)) @ share
             ridge = 1e-4 * A.diagonal().mean() * torch.eye(len(A), device=A.device)
             old = self.qparams.scale[:, group].float()
-            new = (old + torch.linalg.solve(A + ridge, r)).clamp(numerics.TINY_HALF, 65504.0).to(SCALE_DTYPE)
+            new = numerics.stored_scale(old + torch.linalg.solve(A + ridge, r), SCALE_DTYPE)
             ds = new.float() - old
             if ds @ A @ ds - 2 * ds @ r < 0:
                 self.qparams.scale[:, group] = new

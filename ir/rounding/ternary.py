@@ -30,7 +30,7 @@ class TernaryGrid(Grid):
         moment, mass = (w * d).cumsum(-1), d.cumsum(-1).clamp_min(torch.finfo(torch.float32).tiny)
         pick = (moment.square() / mass).argmax(-1, keepdim=True)
         scale = (moment / mass).gather(-1, pick)[..., 0]
-        return QParams(scale.clamp(numerics.TINY_HALF, 65504.0).to(SCALE_DTYPE))
+        return QParams(numerics.stored_scale(scale, SCALE_DTYPE))
 
     def quantize(self, x: Tensor, qparams: QParams, encoding: Encoding) -> Tensor:
         """See `Grid`: zero up to half a scale."""

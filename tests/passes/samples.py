@@ -8,6 +8,7 @@ from torch.fx import GraphModule
 
 import passes
 from ir import edit
+from ir.sites import layers
 from passes.base import Context, Record
 from passes.calibration import flat_batches
 from passes.compiled import Compiled
@@ -56,6 +57,13 @@ def run(gm: GraphModule, pipeline: object, calibration=None, ctx: Context | None
 def weights(gm: GraphModule) -> dict[str, Tensor]:
     """Every stored tensor by name."""
     return {str(node.target): edit.attribute(gm, node) for node in gm.graph.find_nodes(op="get_attr")}
+
+
+def wide_share(gm: GraphModule, bits: int = 8) -> float:
+    """The share of annotated weights with that many bits."""
+    sizes = [(layer.site("weight").encoding, edit.value(layer.weight).numel()) for layer in layers(gm)]
+    marked = [(encoding, size) for encoding, size in sizes if encoding is not None]
+    return sum(size for encoding, size in marked if encoding.bits == bits) / sum(size for _, size in marked)
 
 
 def same_weights(a: GraphModule, b: GraphModule) -> bool:

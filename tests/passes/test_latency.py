@@ -32,7 +32,8 @@ def test_a_table_is_measured_and_kept(backend, tmp_path):
     target = passes.registry.backend(backend)
     ctx = context(load("llama").graph())
     made = LatencyTable.measured(ctx, target, KINDS)
-    assert all(0 < time < 1000 for time in made.milliseconds.values())
+    assert list(made.milliseconds) == KINDS
+    assert all(time > 0 for time in made.milliseconds.values())
     made.save(tmp_path / "table.json")
     assert LatencyTable.load(tmp_path / "table.json", target.name, KINDS) == made
 

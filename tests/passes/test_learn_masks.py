@@ -6,7 +6,7 @@ from ir.errors import DataError, OptionError
 from ir.sites import layers
 from passes.learn_masks import LearnMasks
 from tests.families import load
-from tests.passes.samples import CALIBRATION, Mlp, run, vectors
+from tests.passes.samples import CALIBRATION, Mlp, run, vectors, wide_share
 
 MARKED = "canonicalize, untie, annotate(scheme='W4A4')"
 
@@ -14,16 +14,11 @@ MARKED = "canonicalize, untie, annotate(scheme='W4A4')"
 def test_the_share_is_met_from_below_and_shared_inputs_share_a_mask():
     gm = load("llama").graph()
     run(gm, f"{MARKED}, learn_masks(steps=5, multiple=4, rows=2)", CALIBRATION)
-    wide = total = 0
     inputs = {}
     for layer in layers(gm):
-        encoding = layer.site("weight").encoding
-        if encoding is not None:
-            size = layer.weight.meta["val"].numel()
-            total += size
-            wide += size * (encoding.bits == 8)
+        if layer.kind == "Linear":
             inputs.setdefault(layer.path.partition("#")[0], set()).add(layer.site("input").operand)
-    assert 0.1 < wide / total <= 0.125
+    assert 0.1 < wide_share(gm) <= 0.125
     assert inputs["model.layers.0.self_attn.q_proj"] == inputs["model.layers.0.self_attn.v_proj"]
 
 
@@ -58,6 +53,8 @@ def test_it_refuses_what_it_cannot_do():
         run(load("llama").graph(), f"{MARKED}, learn_masks")
     with pytest.raises(OptionError, match="causal"):
         passes.compile(Mlp(), f"{MARKED}, learn_masks(loss='cross_entropy')", [(vectors(),)], args=(vectors(),))
+    with pytest.raises(OptionError, match="causal"):
+        run(load("bert").graph(), f"{MARKED}, learn_masks(loss='cross_entropy')", CALIBRATION)
     for options in ({"high": "W9A9"}, {"share": 1.0}, {"loss": "none"}, {"steps": 0}):
         with pytest.raises(OptionError):
             LearnMasks(**options)

@@ -3,10 +3,9 @@ import torch
 
 import passes
 from ir.errors import DataError, OptionError
-from ir.sites import layers
 from passes.split_channels import SplitChannels
 from tests.families import load
-from tests.passes.samples import CALIBRATION, Mlp, run, vectors
+from tests.passes.samples import CALIBRATION, Mlp, run, vectors, wide_share
 
 MARKED = "canonicalize, untie, annotate(scheme='W4A4')"
 
@@ -36,15 +35,8 @@ def test_outliers_are_chosen_and_stop_stretching_the_others_scales(by):
 def test_the_share_is_met_from_below(share):
     gm = load("llama").graph()
     _, ctx = run(gm, f"{MARKED}, split_channels(high='W8A8', share={share}, multiple=4)", CALIBRATION)
-    wide = total = 0
-    for layer in layers(gm):
-        encoding = layer.site("weight").encoding
-        if encoding is not None:
-            size = layer.weight.meta["val"].numel()
-            total += size
-            wide += size * (encoding.bits == 8)
-    assert share - 0.02 < wide / total <= share
-    assert any(f"{wide / total:.2%}" in note for note in ctx.notes)
+    assert share - 0.02 < wide_share(gm) <= share
+    assert any(f"{wide_share(gm):.2%}" in note for note in ctx.notes)
 
 
 def test_without_a_scheme_assign_bits_chooses_for_the_parts():
@@ -71,6 +63,8 @@ def test_bfloat16_and_the_onnx_backend():
 def test_it_refuses_what_it_cannot_do():
     with pytest.raises(DataError, match="calibration"):
         run(load("llama").graph(), f"{MARKED}, split_channels")
+    with pytest.raises(OptionError, match="before quantize"):
+        run(load("llama").graph(), f"{MARKED}, quantize(weights=False), split_channels(high='W8A8')", CALIBRATION)
     for options in ({"high": "W9A9"}, {"share": 0.0}, {"by": "luck"}, {"multiple": 0}):
         with pytest.raises(OptionError):
             SplitChannels(**options)

@@ -4,30 +4,11 @@ from dataclasses import replace
 
 from ir.encoding import Encoding, Int
 from ir.errors import OptionError
-from ir.sites import Layer
+from ir.sites import Layer, Mark
 
 FLOAT = 16  # bits that stand for "left in floating point"
 # Scheme: bits of weights, bits of activations.
-SCHEMES = {
-    f"W{w}A{a}": (w, a)
-    for w, a in (
-        (8, 8),
-        (8, 16),
-        (6, 16),
-        (5, 16),
-        (4, 16),
-        (3, 16),
-        (2, 16),
-        (1, 16),
-        (4, 8),
-        (4, 4),
-        (3, 3),
-        (2, 4),
-        (3, 4),
-        (3, 8),
-        (2, 8),
-    )
-}
+SCHEMES = {f"W{w}A{a}": (w, a) for w in (1, 2, 3, 4, 5, 6, 8) for a in (3, 4, 8, FLOAT)}
 
 
 def bits_of(scheme: str, where: str) -> tuple[int, int]:
@@ -46,13 +27,11 @@ def with_bits(encoding: Encoding, bits: int) -> Encoding:
     return replace(encoding, format=Int(bits), symmetric=encoding.symmetric or bits == 1)
 
 
-def change_bits(layer: Layer, scheme: str) -> tuple[Encoding | None, Encoding]:
-    """The encodings of a layer's input and weight as they are annotated, but with the bits of a scheme."""
+def change_bits(layer: Layer, scheme: str) -> Mark:
+    """The encodings of a linear as it is annotated, but with the bits of a scheme."""
     weights, activations = SCHEMES[scheme]
-    weight, given = layer.site("weight").encoding, layer.site("input").encoding
-    assert weight is not None
-    weight = with_bits(weight, weights)
+    given, weight = layer.mark
     if activations == FLOAT:
-        return None, weight
+        return Mark(None, with_bits(weight, weights))
     given = given or Encoding(Int(activations), (1, -1), dynamic=True)
-    return replace(given, format=Int(activations)), weight
+    return Mark(replace(given, format=Int(activations)), with_bits(weight, weights))

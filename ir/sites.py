@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,29 @@ class Site:
         self.node.update_arg(QUANTIZABLE[self.node.target][1][self.name], new)
 
 
+class Mark(NamedTuple):
+    """The encodings of a linear's operands: of its input, None for floating point, and of its weight.
+
+    Text form: the weight's, and after a slash the input's if it has one: `i4[1,-1]/i8[1,-1]dynamic`.
+    """
+
+    input: Encoding | None
+    weight: Encoding
+
+    def __str__(self) -> str:
+        return str(self.weight) if self.input is None else f"{self.weight}/{self.input}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Mark":
+        """The mark that `text` states; the exact inverse of `str`.
+
+        Raises:
+            OptionError: `text` is none.
+        """
+        weight, slash, given = text.partition("/")
+        return cls(Encoding.parse(given) if slash else None, Encoding.parse(weight))
+
+
 @dataclass(frozen=True)
 class Layer:
     """A node with quantizable operands, and what people call it."""
@@ -76,6 +99,23 @@ class Layer:
     def weight(self) -> Node:
         """The get_attr node of its weight, or the node that computes it."""
         return self.site("weight").operand
+
+    @property
+    def mark(self) -> Mark:
+        """The encodings of a linear that is annotated."""
+        weight = self.site("weight").encoding
+        assert weight is not None
+        return Mark(self.site("input").encoding, weight)
+
+    def annotate(self, mark: Mark) -> None:
+        """Set the encodings of a linear."""
+        self.site("input").annotate(mark.input)
+        self.site("weight").annotate(mark.weight)
+
+    @property
+    def input_rounded(self) -> bool:
+        """Whether a linear reads what is rounded already."""
+        return self.site("input").operand.target is DEQUANTIZE
 
 
 def layers(gm: GraphModule) -> list[Layer]:

@@ -9,7 +9,6 @@ from torch.fx import GraphModule, Node
 from ir import edit
 from ir.errors import OptionError
 from ir.match import aten, is_call
-from ir.ops import DEQUANTIZE
 from ir.schemes import change_bits
 from ir.sites import KEY, Layer, readers
 from ir.weights import unrounded
@@ -24,8 +23,8 @@ def splittable(gm: GraphModule) -> dict[Node, list[Layer]]:
     pending = {layer.node for layer in unrounded(gm)}
     found = {source: [layer for layer in layers if layer.node in pending] for source, layers in readers(gm).items()}
     whole = {source: layers for source, layers in found.items() if layers and not _is_part(source)}
-    for source, layers in whole.items():
-        if source.target is DEQUANTIZE:
+    for layers in whole.values():
+        if layers[0].input_rounded:
             raise OptionError("the input is rounded already", where=layers[0].path, remedy="split channels before quantize")
     return whole
 
@@ -154,5 +153,4 @@ def split_off(gm: GraphModule, source: Node, found: Sequence[Layer], channels: T
     made = split(gm, source, found, [order[~rest[order]], order[rest[order]]])
     for node in made[0] if high else ():
         layer = Layer(node, "")
-        for name, encoding in zip(("input", "weight"), change_bits(layer, high), strict=True):
-            layer.site(name).annotate(encoding)
+        layer.annotate(change_bits(layer, high))

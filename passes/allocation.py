@@ -4,22 +4,21 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from ir import edit, knapsack
-from ir.encoding import Encoding
 from ir.knapsack import Choice, Option
-from ir.schemes import with_bits
-from ir.sites import Layer
+from ir.schemes import change_bits, with_bits
+from ir.sites import Layer, Mark
 from ir.weights import stored_bits
 from passes.base import Context
 from passes.costs import Costs
 from passes.latency import LatencyTable
 
 Site = Sequence[Layer]  # linears that share a choice
-Marks = tuple[Encoding, ...]  # one for each layer of a site
+Marks = tuple[Mark, ...]  # one for each layer of a site
 
 
 def stored(site: Site, marks: Marks) -> int:
-    """Bits that a site takes."""
-    return sum(stored_bits(tuple(edit.value(layer.weight).shape), mark) for layer, mark in zip(site, marks, strict=True))
+    """Bits that a site's weights take."""
+    return sum(stored_bits(tuple(edit.value(layer.weight).shape), mark.weight) for layer, mark in zip(site, marks, strict=True))
 
 
 def weights_in(site: Site) -> int:
@@ -27,20 +26,19 @@ def weights_in(site: Site) -> int:
     return sum(int(edit.value(layer.weight).numel()) for layer in site)
 
 
-def marked(layer: Layer, width: int, group: int | None) -> Encoding:
-    """The layer's encoding with another width, and another group."""
-    encoding = layer.site("weight").encoding
-    assert encoding is not None
-    return replace(with_bits(encoding, width), block=encoding.block if group is None else (1, group))
+def marked(layer: Layer, width: int | str, group: int | None) -> Mark:
+    """The layer's encodings with another width of the weight, or with the widths of a scheme; and with another group of the weight."""
+    given, weight = layer.mark
+    given, weight = change_bits(layer, width) if isinstance(width, str) else Mark(given, with_bits(weight, width))
+    return Mark(given, weight if group is None else replace(weight, block=(1, group)))
 
 
-def refusal(ctx: Context, layer: Layer, mark: Encoding) -> str | None:
-    """Why the target cannot have a layer's weight as `mark`; None if it can."""
+def refusal(ctx: Context, layer: Layer, mark: Mark) -> str | None:
+    """Why the target cannot have a layer as `mark`; None if it can."""
     if ctx.backend is None:
         return None
-    given = layer.site("input").encoding
-    marks = {"weight": mark} if given is None else {"input": given, "weight": mark}
-    return ctx.backend.supports(layer.kind, marks, tuple(edit.value(layer.weight).shape))
+    encodings = {name: encoding for name, encoding in mark._asdict().items() if encoding is not None}
+    return ctx.backend.supports(layer.kind, encodings, tuple(edit.value(layer.weight).shape))
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,8 @@ class Problem:
     Args:
         sites: in graph order.
         options: of each site.
-        costs: predicted, by layer and encoding.
-        budget: bits; nanoseconds, if there are latencies.
+        costs: predicted, by layer and mark.
+        budget: bits of the weights; nanoseconds, if there are latencies.
         latencies: of the target.
     """
 
@@ -116,7 +114,7 @@ class Allocation:
         """Bits per weight."""
         return sum(map(stored, self.problem.sites, self.taken)) / self.problem.weights
 
-    def marks(self, without: Collection[int] = ()) -> dict[Layer, Encoding]:
+    def marks(self, without: Collection[int] = ()) -> dict[Layer, Mark]:
         """The encodings by layer; some sites left out, by number."""
         sites = enumerate(zip(self.problem.sites, self.taken, strict=True))
         return {layer: mark for index, (site, marks) in sites if index not in without for layer, mark in zip(site, marks, strict=True)}

@@ -1,4 +1,4 @@
-"""`assign_bits`: choose the width of every weight by what its rounding costs the whole model, under one budget."""
+"""`assign_bits`: choose the widths of every weight and input by what rounding costs the whole model, under one budget."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from ir import edit
 from ir.errors import CoverageError, DataError, OptionError
 from ir.rounding import GPTQ, Nearest, Rounding
+from ir.schemes import bits_of
 from ir.sites import Layer
 from ir.weights import unrounded
 from passes import correction, costs, findings
@@ -26,7 +27,7 @@ UNITS = {"model": NATS, "layer": "relative errors"}
 
 @dataclass(frozen=True)
 class AssignBits(Pass):
-    """Give annotated weights the widths and groups with the least predicted loss that a budget allows.
+    """Give annotated linears the widths and groups with the least predicted loss that a budget allows.
 
     Before::
 
@@ -36,26 +37,28 @@ class AssignBits(Pass):
 
         %2 = aten.linear(%1, %q) {weight: u2[1,64]}; %9 = aten.linear(%8, %down) {weight: u3[1,64]}
 
-    The loss of an option is predicted from one run: `½ Σ_n h_n (ΔW G ΔWᵀ)_nn` nats a token, with `G = E[xxᵀ]` of the layer's inputs, `h_n`
-    the mean squared gradient of the model's log likelihood at output `n` (the diagonal of its Fisher information), and `ΔW` what the
-    rounding really leaves. Options are chosen by an exact knapsack (HiGHS), whose bound is reported. Linears that read one tensor share
-    their encoding, since runtimes fuse them.
+    An option is a pair, the encodings of a linear's weight and of its input. Its loss is predicted from one run:
+    `½ Σ_n h_n ((ΔW G ΔWᵀ)_nn + (Ŵ D Ŵᵀ)_nn)` nats a token, with `G = E[xxᵀ]` of the layer's inputs, `h_n` the mean squared gradient of the
+    model's log likelihood at output `n` (the diagonal of its Fisher information), `ΔW` what the rounding really leaves of the weight, and
+    `D = E[Δx Δxᵀ]` of the inputs. Options are chosen by an exact knapsack (HiGHS), whose bound is reported. Linears that read one tensor
+    share their encodings, since runtimes fuse them. A budget in bits or bytes counts weights only: of options that differ in their inputs
+    alone the one with less loss is taken, the wider. A latency counts both.
 
     `measure` holds tokens out of the predictions and measures on them: the KL `K(all)` of the model from itself with all chosen encodings;
     with one site at a time in floating point, what each adds, `K(all) − K(all∖i)`; and for pairs of the greatest
     `K(all) − K(all∖i) − K(all∖j) + K(all∖{i,j})`. A correction multiplies the predicted costs of a site by measured over predicted and
-    solves again; the allocation that measured least is kept. Weights are rounded as for the predictions.
+    solves again; the allocation that measured least is kept. Weights and inputs are rounded as for the predictions.
 
-    Limits: 1. widths of weights only, activations keep theirs; 2. whole linears: columns of one linear share a width, unless
-    `split_channels` has made linears of them; 3. interactions
-    between layers are not predicted, and only measured for weights, with activations in floating point.
+    Limits: 1. whole linears: columns of one linear share their widths, unless `split_channels` has made linears of them; 2. interactions
+    between layers are not predicted, only measured; 3. static inputs are predicted and measured over each batch's own range; 4. the clips
+    of inputs stay as annotated, whatever the width: choose them afterwards, by `clip_activations`.
 
     Args:
         bits: budget: bits per weight of the annotated linears, with scales and zero points.
         bytes: budget in place of `bits`: bytes of the model as it will be stored, with everything that is not quantized.
         latency: budget in place of `bits`: milliseconds that all annotated linears together take for one token on the target.
         latencies: the file with the target's table of latencies; if there is none, it is measured on this machine and written there.
-        widths: of weights to choose among, 1 to 8.
+        widths: to choose among: of weights, 1 to 8, inputs as they are annotated; or schemes such as "W4A8", which state both.
         groups: group sizes to choose among, -1 for whole channels; none: as annotated.
         fused: linears that read one tensor share their encoding.
         loss: "model", or "layer": the relative squared error of each layer's own output, which knows nothing of the others.
@@ -77,7 +80,7 @@ class AssignBits(Pass):
     bytes: int = 0
     latency: float = 0.0
     latencies: str = ""
-    widths: tuple[int, ...] = (2, 3, 4, 8)
+    widths: tuple[int | str, ...] = (2, 3, 4, 8)
     groups: tuple[int, ...] = ()
     fused: bool = True
     loss: str = "model"
@@ -96,8 +99,13 @@ class AssignBits(Pass):
             raise OptionError("there is one budget, and it is positive", where="assign_bits", remedy="give bits=2.25, or bytes=10_000_000")
         if self.latency and not self.latencies:
             raise OptionError("latencies are kept in a file", where="assign_bits(latency=...)", remedy="give latencies='latencies.json'")
-        if not self.widths or any(type(width) is not int or not 1 <= width <= 8 for width in self.widths):
-            raise OptionError(f"widths are whole numbers from 1 to 8, not {list(self.widths)}", where="assign_bits(widths=...)")
+        schemes = [width for width in self.widths if isinstance(width, str)]
+        for scheme in schemes:
+            bits_of(scheme, "assign_bits(widths=...)")
+        numbers = [width for width in self.widths if width not in schemes]
+        if not self.widths or any(type(width) is not int or not 1 <= width <= 8 for width in numbers):
+            problem = f"widths are whole numbers from 1 to 8, or schemes, not {list(self.widths)}"
+            raise OptionError(problem, where="assign_bits(widths=...)", remedy="give widths=(2, 3, 4, 8), or widths=('W4A4', 'W8A8')")
         if any(type(group) is not int or (group < 1 and group != -1) for group in self.groups):
             raise OptionError(f"groups have at least one weight, or are -1, not {list(self.groups)}", where="assign_bits(groups=...)")
         if self.measure < 0 or self.corrections < 0:
@@ -119,10 +127,13 @@ class AssignBits(Pass):
                 raise DataError("there is no such folder to write into", where=name, remedy="make it, or name another file")
 
     def requires(self, gm: GraphModule, ctx: Context) -> None:
-        """Annotated linears, options that the backend has, and a budget that something fits into."""
+        """Annotated linears, options that the backend has, inputs that may change, and a budget that something fits into."""
         sites = self._sites(gm)
         if not sites:
             raise OptionError("assign_bits needs annotated linears", remedy="put annotate before assign_bits")
+        rounded = next((layer.path for site in sites for layer in site if layer.input_rounded), None)
+        if rounded is not None and any(isinstance(width, str) for width in self.widths):
+            raise OptionError("the input is rounded already", where=rounded, remedy="put assign_bits before quantize")
         problem = self._problem(gm, ctx, sites)
         least = sum(min(problem.size(site, marks) for marks in own) for site, own in zip(sites, problem.options, strict=True))
         if least > problem.budget:
@@ -142,9 +153,9 @@ class AssignBits(Pass):
             self._measured(ctx, problem, Trial(gm, known, held, ROUNDINGS[self.rounding])) if self.measure else self._chosen(ctx, problem)
         )
         chosen = made.marks()
-        changed = sum(layer.site("weight").encoding != mark for layer, mark in chosen.items())
+        changed = sum(layer.mark != mark for layer, mark in chosen.items())
         for layer, mark in chosen.items():
-            layer.site("weight").annotate(mark)
+            layer.annotate(mark)
         return changed
 
     def _chosen(self, ctx: Context, problem: Problem) -> Allocation:

@@ -16,7 +16,7 @@ from ir.capture import capture
 from ir.encoding import Encoding
 from ir.errors import DataError
 from ir.files import appearing
-from ir.sites import Layer, layers
+from ir.sites import Layer, Mark, layers
 from passes.backend import Backend
 from passes.base import Context
 from passes.pipeline import Pipeline
@@ -28,10 +28,10 @@ LEAST = 1e-6  # milliseconds: what is too quick to tell from nothing still count
 Kind = tuple[int, int, str, str]  # rows and columns of a weight, encodings of the input ("" if it has none) and of the weight
 
 
-def kind(layer: Layer, mark: Encoding) -> Kind:
+def kind(layer: Layer, mark: Mark) -> Kind:
     """What the time of a linear depends on."""
     rows, columns = edit.value(layer.weight).shape
-    return int(rows), int(columns), str(layer.site("input").encoding or ""), str(mark)
+    return int(rows), int(columns), str(mark.input or ""), str(mark.weight)
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class LatencyTable:
     backend: str
     milliseconds: dict[Kind, float]
 
-    def of(self, layer: Layer, mark: Encoding) -> float:
-        """The time of a layer with its weight as `mark`."""
+    def of(self, layer: Layer, mark: Mark) -> float:
+        """The time of a layer as `mark`."""
         return self.milliseconds[kind(layer, mark)]
 
     def save(self, path: Path) -> None:
@@ -108,8 +108,7 @@ def _executable(backend: Backend, key: Kind, copies: int) -> Callable[..., Any]:
     ctx = Context(probe=gm.meta["example"], backend=backend)
     Pipeline.parse("canonicalize").execute(gm, ctx)
     for layer in layers(gm):
-        layer.site("weight").annotate(Encoding.parse(mark))
-        layer.site("input").annotate(Encoding.parse(given) if given else None)
+        layer.annotate(Mark(Encoding.parse(given) if given else None, Encoding.parse(mark)))
     Pipeline.parse("quantize").execute(gm, ctx)
     return backend.lower(gm, gm.meta["example"], ctx.notes)
 

@@ -20,7 +20,7 @@ from ir.weights import stored_bits
 from passes.base import Context, Effect, Pass
 from passes.descent import shuffled, some_rows
 from passes.divergence import of_outputs, own_outputs
-from passes.masks import MaskGenerator, distance_to, encodings, gate, hard, mixed_linear
+from passes.masks import MaskGenerator, distance_to, gate, hard, mixed_linear
 from passes.observation import mean_squares
 
 LOSSES = ("divergence", "cross_entropy")
@@ -141,9 +141,7 @@ class LearnMasks(Pass):
         optimizer = torch.optim.AdamW(masks.parameters(), lr=self.rate, weight_decay=0.05)
         samples = shuffled(list(ctx.calibration), self.seed)
         pairs = [
-            (place, layer.node, encodings(layer), change_bits(layer, self.high))
-            for place, found in enumerate(whole.values())
-            for layer in found
+            (place, layer.node, layer.mark, change_bits(layer, self.high)) for place, found in enumerate(whole.values()) for layer in found
         ]
         for _ in ctx.track(range(self.steps), "learn masks"):
             batch, generator = next(samples)
@@ -170,6 +168,6 @@ class LearnMasks(Pass):
 
 def _size(layer: Layer, high: str, share: float) -> int:
     """Bits of a linear with a share of its channels in another scheme."""
-    (N, K), (_, low), (_, wide) = edit.value(layer.weight).shape, encodings(layer), change_bits(layer, high)
+    (N, K), (_, low), (_, wide) = edit.value(layer.weight).shape, layer.mark, change_bits(layer, high)
     chosen = round(share * K)
     return sum(stored_bits((N, count), encoding) for count, encoding in ((chosen, wide), (K - chosen, low)) if count)

@@ -10,13 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ir import numerics
 from ir.encoding import Encoding
-from ir.sites import Layer
+from ir.sites import Mark
 from ir.straight_through import fake_quantize
 
 TEMPERATURE, OFFSET = 0.4, 3.0  # of the gates: they start open
 INPUT, HIDDEN = 32, 64
-
-Pair = tuple[Encoding | None, Encoding]  # of a layer's input and weight
 
 
 class MaskGenerator(nn.Module):
@@ -65,7 +63,7 @@ def distance_to(budget: float, spent: Tensor) -> Tensor:
     return (spent / budget).log().abs()
 
 
-def mixed_linear(low: Pair, high: Pair, gates: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def mixed_linear(low: Mark, high: Mark, gates: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear whose channels are in `high` as far as their gates are open, else in `low`; instead of `aten.linear`.
 
     `F(V) = Q_h(V) m + Q_l(V) (1 − m)` for the input and the weight alike (2606.07819). How scales see masks is open there: here those of
@@ -77,10 +75,10 @@ def mixed_linear(low: Pair, high: Pair, gates: Tensor, x: Tensor, weight: Tensor
     return result
 
 
-def _mixed(low: Pair, high: Pair, gates: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _mixed(low: Mark, high: Mark, gates: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     W = weight.to(numerics.compute_dtype(weight.dtype))
-    W_mixed = _stored(W, high[1], torch.ones_like(gates)) * gates + _stored(W, low[1], 1 - gates.detach()) * (1 - gates)
-    x_mixed = _computed(x, high[0], torch.ones_like(gates)) * gates + _computed(x, low[0], 1 - gates) * (1 - gates)
+    W_mixed = _stored(W, high.weight, torch.ones_like(gates)) * gates + _stored(W, low.weight, 1 - gates.detach()) * (1 - gates)
+    x_mixed = _computed(x, high.input, torch.ones_like(gates)) * gates + _computed(x, low.input, 1 - gates) * (1 - gates)
     return nn.functional.linear(x_mixed.to(x.dtype), W_mixed.to(x.dtype), bias)
 
 
@@ -106,10 +104,3 @@ def _computed(x: Tensor, encoding: Encoding | None, share: Tensor) -> Tensor:
     there, _ = numerics.blocked(x.detach().abs() * share, encoding)
     clip = there.amax(axes, keepdim=True) / split.amax(axes, keepdim=True).clamp_min(numerics.TINY)
     return fake_quantize(x, encoding, clip.clamp_min(1e-4) * encoding.clip)
-
-
-def encodings(layer: Layer) -> Pair:
-    """Of a layer's input and weight, as annotated."""
-    weight = layer.site("weight").encoding
-    assert weight is not None
-    return layer.site("input").encoding, weight

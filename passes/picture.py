@@ -8,8 +8,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ir.encoding import Encoding
-from passes.grid import grid, merged
+from ir.sites import Mark
+from passes.grid import Grid, grid, merged
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -22,15 +22,28 @@ BARS = "▁▂▃▄▅▆▇█"
 
 def widths(rows: Rows) -> list[RenderableType]:
     """The grid of widths, equal neighbouring layers in one row."""
-    found = merged(grid({str(row["layer"]): Encoding.parse(str(row["encoding"])) for row in rows}))
-    groups = len({encoding.block for _, own in found.rows for encoding in own if encoding})
-    title = "widths in bits" + (", after a dot the size of groups" if groups > 1 else "")
+    found = merged(marks(rows))
+    used = [mark for _, own in found.rows for mark in own if mark]
+    groups = len({mark.weight.block for mark in used})
+    parts = [", after a dot the size of groups"] * (groups > 1) + [", after a slash those of the input"] * any(mark.input for mark in used)
+    title = f"widths in bits{''.join(parts)}"
     table = Table(f"{found.shared}*" if found.shared else "", title=title, title_justify="left")
     for column in found.columns:
         table.add_column(column, justify="center")
     for name, own in found.rows:
         table.add_row(name, *(_cell(encoding, groups > 1) for encoding in own))
     return [table]
+
+
+def marks(rows: Rows) -> Grid[Mark]:
+    """The grid of what the table `widths` says."""
+    return grid({str(row["layer"]): Mark.parse(str(row["encoding"])) for row in rows})
+
+
+def label(mark: Mark, grouped: bool) -> str:
+    """The width of a weight, after a dot its group if it is no whole channel, and after a slash the width of the input: `4·64/8`."""
+    group = f"·{mark.weight.block[-1]}" if grouped and mark.weight.block[-1] != -1 else ""
+    return f"{mark.weight.bits}{group}" + (f"/{mark.input.bits}" if mark.input else "")
 
 
 def contributions(rows: Rows) -> list[RenderableType]:
@@ -83,9 +96,8 @@ DRAWN: dict[str, Callable[[Rows], list[RenderableType]]] = {
 }
 
 
-def _cell(encoding: Encoding | None, grouped: bool) -> Text:
-    if encoding is None:
+def _cell(mark: Mark | None, grouped: bool) -> Text:
+    if mark is None:
         return Text("")
-    size = encoding.block[-1]
-    text = f"{encoding.bits}·{size}" if grouped and size != -1 else str(encoding.bits)
-    return Text(f" {text} ", style=f"{'white' if encoding.bits <= DARK else 'black'} on {COLOURS[encoding.bits - 1]}")
+    bits = mark.weight.bits
+    return Text(f" {label(mark, grouped)} ", style=f"{'white' if bits <= DARK else 'black'} on {COLOURS[bits - 1]}")

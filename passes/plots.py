@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ir.encoding import Encoding
 from ir.errors import DataError, OptionError
-from passes.grid import Grid, grid
-from passes.picture import COLOURS, DARK, loss
+from ir.sites import Mark
+from passes.grid import Grid
+from passes.picture import COLOURS, DARK, label, loss, marks
 from passes.units import KL, NATS
 
 if TYPE_CHECKING:
@@ -43,8 +43,9 @@ def allocation(report: Mapping[str, Any]) -> "Figure":
     from matplotlib.figure import Figure  # noqa: PLC0415
     from matplotlib.patches import Patch  # noqa: PLC0415
 
-    found = grid({str(row["layer"]): Encoding.parse(str(row["encoding"])) for row in report["tables"]["widths"]})
-    widths = [[float("nan") if encoding is None else encoding.bits for encoding in own] for _, own in found.rows]
+    found = marks(report["tables"]["widths"])
+    widths = [[float("nan") if mark is None else mark.weight.bits for mark in own] for _, own in found.rows]
+    used = [mark for _, own in found.rows for mark in own if mark]
     upright = len(found.columns) > ROTATED or any(len(column) > 10 for column in found.columns)
     size = (3.2 + 0.75 * len(found.columns), 1.6 + 0.34 * len(found.rows) + 0.9 * upright)
     figure = Figure(figsize=(max(size[0], 6.0), max(size[1], 3.0)), layout="constrained")
@@ -59,14 +60,17 @@ def allocation(report: Mapping[str, Any]) -> "Figure":
     axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
-    if any(encoding and encoding.block[-1] != -1 for _, own in found.rows for encoding in own):
-        axes.set_xlabel("bits; after a dot the weights of a group, where it is not a whole channel", fontsize=9)
+    said = ["after a dot the weights of a group, where it is not a whole channel"] * any(mark.weight.block[-1] != -1 for mark in used)
+    said += ["after a slash the bits of the input"] * any(mark.input for mark in used)
+    if said:
+        axes.set_xlabel("; ".join(["bits", *said]), fontsize=9)
     axes.set_ylabel(f"{found.shared}*" if found.shared else "")
     axes.set_title(
         f"{report['model']}: widths of weights, {report['coverage']['effective_bits']:.3f} effective bits", loc="left", fontsize=11
     )
-    used = sorted({encoding.bits for _, own in found.rows for encoding in own if encoding})
-    patches = [Patch(color=COLOURS[bits - 1], label=f"{bits} bit{'s' * (bits > 1)}") for bits in used]
+    patches = [
+        Patch(color=COLOURS[bits - 1], label=f"{bits} bit{'s' * (bits > 1)}") for bits in sorted({mark.weight.bits for mark in used})
+    ]
     figure.legend(handles=patches, loc="outside right upper", frameon=False)
     return figure
 
@@ -110,14 +114,13 @@ def _results(axes: "Axes", measures: Mapping[str, Mapping[str, float]], bits: fl
             )
 
 
-def _label(axes: "Axes", found: Grid[Encoding]) -> None:
+def _label(axes: "Axes", found: Grid[Mark]) -> None:
     """Width and group in every cell."""
     for down, (_, own) in enumerate(found.rows):
-        for across, encoding in enumerate(own):
-            if encoding is not None:
-                group = "" if encoding.block[-1] == -1 else f"·{encoding.block[-1]}"
-                colour = "white" if encoding.bits <= DARK else "black"
-                axes.text(across, down, f"{encoding.bits}{group}", ha="center", va="center", color=colour, fontsize=8.5)
+        for across, mark in enumerate(own):
+            if mark is not None:
+                colour = "white" if mark.weight.bits <= DARK else "black"
+                axes.text(across, down, label(mark, grouped=True), ha="center", va="center", color=colour, fontsize=8.5)
 
 
 def _points(rows: Rows, key: str) -> tuple[list[float], list[float]]:

@@ -1,6 +1,6 @@
 """`Prefix`: the inputs of layers, block after block, from a prefix of the graph that changes on the way; and from the model as it was."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ir import edit, evaluate
+from ir import edit, evaluate, numerics
 from ir.blocks import Block, blocks
+from ir.encoding import Encoding
 from ir.errors import DataError
 from ir.ops import DEQUANTIZE, QUANTIZE
 from ir.sites import Layer
@@ -19,6 +20,7 @@ from passes.calibration import tokens_in
 
 Values = dict[Node, Any]
 Weights = Mapping[Node, Sequence[Tensor]]
+Roundings = Mapping[Node, Collection[Encoding]]
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,14 @@ class Inputs:
         gram: `X̂ᵀX̂ / tokens [K, K]`, `X̂` from the graph as it is now.
         cross: `XᵀX̂ / tokens [K, K]`, `X` from the graph as it was, without rounded activations; None if not asked for.
         grams: `Σ_t w_tg x̂_t x̂_tᵀ / tokens [groups, K, K]` of the readers whose tokens have weights.
+        noise: `E[Δx Δxᵀ] [K, K]`, `Δx` what rounding the inputs leaves, by the encodings that were asked for.
     """
 
     layers: list[Layer]
     gram: Tensor
     cross: Tensor | None
     grams: dict[Node, Tensor]
+    noise: dict[Encoding, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -135,10 +139,18 @@ class Prefix:
         return Block(*(tuple(self.twin[node] for node in part) for part in (block.nodes, block.entry, block.exit)))
 
 
-def still_inputs(gm: GraphModule, ctx: Context, pending: dict[Node, Layer], doing: str) -> Iterator[Inputs]:
+def still_inputs(
+    gm: GraphModule, ctx: Context, pending: dict[Node, Layer], doing: str, roundings: Roundings = MappingProxyType({})
+) -> Iterator[Inputs]:
     """The inputs of all pending layers of a graph that does not change meanwhile, tensor by tensor: every block runs once.
 
-    Memory holds the stream of all samples, one block's activations of one batch, and the Gram matrices of one block.
+    Memory holds the stream of all samples, one block's activations of one batch, and the Gram matrices of one block, of its inputs and of
+    the errors of each of their encodings.
+
+    Args:
+        gm, ctx, pending: as of `Prefix`.
+        doing: what the progress bar says.
+        roundings: encodings of inputs whose errors are wanted, by tensor; static ones are rounded over each batch's own range.
     """
     outside, cut = blocks(gm)
     stream = _Stream(gm, outside, [{} for _ in ctx.calibration])
@@ -148,6 +160,7 @@ def still_inputs(gm: GraphModule, ctx: Context, pending: dict[Node, Layer], doin
             if node in pending:
                 readers.setdefault(pending[node].site("input").operand, []).append(pending[node])
         grams = {source: torch.zeros(2 * (edit.value(source).shape[-1],)) for source in readers}
+        noise = {source: {encoding: torch.zeros_like(grams[source]) for encoding in roundings.get(source, ())} for source in readers}
         leaving = () if block is cut[-1] else block.exit
         count = 0
         for index, batch in enumerate(ctx.calibration):
@@ -155,10 +168,15 @@ def still_inputs(gm: GraphModule, ctx: Context, pending: dict[Node, Layer], doin
             for source, gram in grams.items():
                 x = values[source].flatten(0, -2).float()
                 gram.addmm_(x.T, x)
+                for encoding, errors in noise[source].items():
+                    e = x - numerics.fake_quantize(values[source], encoding).flatten(0, -2).float()
+                    errors.addmm_(e.T, e)
             stream.entering[index] = {node: values[node] for node in leaving}
             count += tokens_in(batch)
+        n = max(count, 1)
         for source, layers in readers.items():
-            yield Inputs(layers, _finite(grams[source], source) / max(count, 1), None, {})
+            errors_of = {encoding: errors / n for encoding, errors in noise[source].items()}
+            yield Inputs(layers, _finite(grams[source], source) / n, None, {}, errors_of)
 
 
 def _finite(gram: Tensor, source: Node) -> Tensor:

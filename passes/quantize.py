@@ -68,7 +68,7 @@ class Quantize(Pass):
                 set_codes(gm, layer, encoding, codes, qparams)
                 changed += 1
             activation = layer.site("input").encoding if layer.kind == "Linear" else None
-            if activation is None or layer.site("input").operand.target is DEQUANTIZE:
+            if activation is None or layer.input_rounded:
                 continue
             key = (layer.site("input").operand, str(activation))
             if key not in made:

@@ -1,4 +1,4 @@
-"""`Trial`: how far the model is from itself with some of its weights rounded, measured without a copy of it."""
+"""`Trial`: how far the model is from itself with some of its linears rounded, measured without a copy of it."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -14,21 +14,22 @@ from ir.blocks import Block, blocks
 from ir.encoding import Encoding
 from ir.numerics import QParams
 from ir.rounding import Evidence, Rounding
-from ir.sites import Layer
+from ir.sites import Layer, Mark
 from passes.base import Context
 from passes.calibration import take_rows, tokens_in
 from passes.divergence import of_outputs, own_outputs
 from passes.prefix import still_inputs
 
-Marks = Mapping[Layer, Encoding]  # the linears whose weights are rounded, and how
+Marks = Mapping[Layer, Mark]  # the linears that are rounded, and how
 Values = dict[Node, Any]
 
 
 class Trial:
-    """Variants of one model, each with other weights rounded.
+    """Variants of one model, each with other linears rounded: their weights, and their inputs where the mark says so.
 
     Codes are kept as integers, one byte a weight, and are made floats for one call. What a variant shares with the first one, all blocks
-    before the first layer that differs, is not run again. Activations stay in floating point, annotated or not: weights alone are judged.
+    before the first layer that differs, is not run again. Static inputs are rounded over each batch's own range, linears that are
+    left out read theirs in floating point, and weights are rounded by inputs in floating point.
 
     Args:
         gm: the graph; its weights stay as they are.
@@ -48,7 +49,7 @@ class Trial:
 
     def divergences(self, variants: Sequence[Marks]) -> list[float]:
         """`KL(model ‖ variant)` of every variant, nats a token; of outputs that are no logits the relative squared error."""
-        self._round({pair for marks in variants for pair in marks.items()})
+        self._round(dict.fromkeys((layer, mark.weight) for marks in variants for layer, mark in marks.items()))
         totals, tokens = [0.0] * len(variants), 0
         for batch in self.ctx.track(self.held, "measure"):
             count = tokens_in(batch)
@@ -74,7 +75,7 @@ class Trial:
 
     def _run(self, batch: Sequence[Tensor], marks: Marks, start: int = 0, now: Values | None = None) -> tuple[Values, list[Values]]:
         """The outputs from block `start` on, which `now` enters, and what enters each block."""
-        instead = {layer.node: partial(self._linear, self.codes[layer, mark], mark) for layer, mark in marks.items()}
+        instead = {layer.node: partial(self._linear, layer, mark) for layer, mark in marks.items()}
         given, now = evaluate.bind(self.gm, batch), now or {}
         found: Values = {}
         entering = []
@@ -84,10 +85,12 @@ class Trial:
             found |= {node: value for node, value in now.items() if node in self.outputs}
         return found, entering
 
-    @staticmethod
-    def _linear(stored: tuple[Tensor, QParams], mark: Encoding, x: Tensor, _: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The layer with its weight rounded, in place of `aten.linear`."""
-        return torch.nn.functional.linear(x, numerics.dequantize(*stored, mark).to(x.dtype), bias)
+    def _linear(self, layer: Layer, mark: Mark, x: Tensor, _: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer with its operands rounded, in place of `aten.linear`."""
+        if mark.input is not None and not layer.input_rounded:
+            x = numerics.fake_quantize(x, mark.input)
+        weight = numerics.dequantize(*self.codes[layer, mark.weight], mark.weight)
+        return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
 
     def _round(self, wanted: Iterable[tuple[Layer, Encoding]]) -> None:
         """Make the codes that are not known yet, in one run over the calibration data."""

@@ -2,7 +2,7 @@ import pytest
 
 from ir.encoding import Encoding
 from ir.errors import OptionError
-from ir.sites import check_patterns, heads, layers, matches, readers
+from ir.sites import Mark, check_patterns, heads, layers, matches, readers
 from tests.families import FAMILIES
 
 
@@ -16,6 +16,22 @@ def test_layers_go_by_their_modules_paths(families):
     paths = [layer.path for layer in layers(families("llama").graph())]
     assert paths[:3] == ["model.embed_tokens", "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]
     assert len(set(paths)) == len(paths) == 16
+
+
+@pytest.mark.parametrize("text", ["u4[1,64]", "i4[1,-1]/i8[1,-1]dynamic*0.9", "i8[1,-1]/u8[-1]"])
+def test_the_text_of_a_mark_has_an_exact_inverse(families, text):
+    mark = Mark.parse(text)
+    assert str(mark) == text and (mark.input is None) == ("/" not in text)
+    layer = layers(families("llama").graph())[1]
+    layer.annotate(mark)
+    assert layer.mark == mark
+    assert not layer.input_rounded
+
+
+@pytest.mark.parametrize("text", ["", "u4[1,64]/", "/i8[1,-1]", "u4[1,64]/x"])
+def test_what_is_no_mark_is_refused(text):
+    with pytest.raises(OptionError, match="not an encoding"):
+        Mark.parse(text)
 
 
 def test_layers_that_read_one_tensor_are_found(families):

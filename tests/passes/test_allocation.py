@@ -1,18 +1,18 @@
 import pytest
 
-from ir.encoding import Encoding
-from ir.sites import readers
+from ir.sites import Mark, layers, readers
 from ir.weights import stored_bits
-from passes.allocation import Problem, stored, weights_in
+from passes.allocation import Problem, marked, refusal, stored, weights_in
 from tests.families import load
+from tests.passes.samples import context, run
 
-MARKS = [Encoding.parse(f"u{bits}[1,-1]") for bits in (2, 4)]
+MARKS = [Mark.parse(f"u{bits}[1,-1]") for bits in (2, 4)]
 
 
 @pytest.fixture(scope="module")
 def problem():
     sites = [found for found in readers(load("llama").graph()).values() if found[0].path.endswith("_proj")]
-    costs = {(layer.path, str(mark)): 8.0 - mark.bits for site in sites for layer in site for mark in MARKS}
+    costs = {(layer.path, str(mark)): 8.0 - mark.weight.bits for site in sites for layer in site for mark in MARKS}
     return Problem(sites, [[(mark,) * len(site) for mark in MARKS] for site in sites], costs, 10**9)
 
 
@@ -20,7 +20,7 @@ def test_sizes_and_weights_are_those_of_all_layers_of_a_site(problem):
     site = problem.sites[0]
     shapes = [tuple(layer.weight.meta["val"].shape) for layer in site]
     assert len(shapes) == 3
-    assert stored(site, (MARKS[0],) * 3) == sum(stored_bits(shape, MARKS[0]) for shape in shapes)
+    assert stored(site, (MARKS[0],) * 3) == sum(stored_bits(shape, MARKS[0].weight) for shape in shapes)
     assert weights_in(site) == sum(rows * columns for rows, columns in shapes)
     assert problem.weights == sum(map(weights_in, problem.sites))
 
@@ -43,3 +43,35 @@ def test_sites_can_be_left_out(problem):
     made = problem.solve()
     assert len(made.marks()) == 14
     assert set(made.marks()) - set(made.marks([0, 1])) == {*problem.sites[0], *problem.sites[1]}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "width", "group", "expected"),
+    [
+        ("W4A16", 3, None, "i3[1,32]"),
+        ("W4A16", "W4A8", None, "i4[1,32]/i8[1,-1]dynamic"),
+        ("W4A4", 3, -1, "i3[1,-1]/i4[1,-1]dynamic"),
+        ("W4A4", "W8A16", 16, "i8[1,16]"),
+    ],
+)
+def test_a_width_of_the_weight_leaves_the_input_and_a_scheme_changes_both(scheme, width, group, expected):
+    gm = load("llama").graph()
+    run(gm, f"canonicalize, annotate(scheme={scheme!r}, group=32)")
+    layer = next(layer for layer in layers(gm) if layer.path.endswith("q_proj"))
+    assert str(marked(layer, width, group)) == expected
+
+
+def test_the_target_judges_the_pair():
+    class Narrow:
+        name = "narrow"
+
+        def supports(self, kind, encodings, shape):
+            return " ".join(f"{name}={encoding.bits}" for name, encoding in encodings.items())
+
+    gm = load("llama").graph()
+    ctx = context(gm)
+    layer = layers(gm)[1]
+    assert refusal(ctx, layer, Mark.parse("i4[1,-1]/i8[1,-1]dynamic")) is None
+    ctx.backend = Narrow()
+    assert refusal(ctx, layer, Mark.parse("i4[1,-1]/i8[1,-1]dynamic")) == "input=8 weight=4"
+    assert refusal(ctx, layer, Mark.parse("i4[1,-1]")) == "weight=4"

@@ -3,6 +3,7 @@ import pytest
 from ir.errors import CoverageError, DataError, OptionError
 from ir.sites import layers
 from ir.weights import stored_bits
+from passes import picture
 from passes.assign_bits import AssignBits
 from passes.report import coverage
 from tests.families import load
@@ -11,10 +12,10 @@ from tests.passes.samples import CALIBRATION, context, run
 MARKED = "canonicalize, untie, annotate(scheme='W4A16', group=32, symmetric=False)"
 
 
-def assigned(text, backend=None):
+def assigned(text, backend=None, before=MARKED):
     gm = load("llama").graph()
     ctx = context(gm, CALIBRATION)
-    run(gm, MARKED, ctx=ctx)
+    run(gm, before, ctx=ctx)
     ctx.backend = backend
     run(gm, text, ctx=ctx)
     return gm, ctx
@@ -150,6 +151,8 @@ BAD = [
         for wrong in (
             {"widths": ()},
             {"widths": (9,)},
+            {"widths": ("W4A5",)},
+            {"widths": (4, "W4A4", True)},
             {"groups": (0,)},
             {"loss": "l2"},
             {"measure": -1},
@@ -164,6 +167,86 @@ BAD = [
 def test_bad_options_are_refused(options):
     with pytest.raises(OptionError):
         AssignBits(**options)
+
+
+BOTH = "canonicalize, untie, annotate(scheme='W4A4', group=32, symmetric=False)"
+PAIRS = "assign_bits(bits={}, widths=('W4A4', 'W8A8'), groups=(16, 32, -1), rounding='nearest', tokens=64{})"
+
+
+def marks_of(gm):
+    return {layer.path: layer.mark for layer in layers(gm) if layer.site("weight").encoding}
+
+
+@pytest.mark.parametrize("bits", [4.75, 5.6, 7.0])
+@pytest.mark.parametrize("fused", [True, False])
+def test_widths_of_inputs_are_chosen_with_those_of_weights(bits, fused):
+    gm, _ = assigned(PAIRS.format(bits, f", fused={fused}"), before=BOTH)
+    used, weights = counted(gm)
+    assert 0.99 * bits <= used / weights <= bits
+    marks = marks_of(gm)
+    assert {(mark.weight.bits, mark.input.bits) for mark in marks.values()} == {(4, 4), (8, 8)}
+    for index in range(2) if fused else ():
+        assert len({marks[f"model.layers.{index}.self_attn.{name}_proj"].input for name in "qkv"}) == 1
+    assert marks == marks_of(assigned(PAIRS.format(bits, f", fused={fused}"), before=BOTH)[0])
+
+
+def test_more_budget_costs_less_and_buys_wider_inputs():
+    found = []
+    for bits in (4.7, 6.0, 8.6):
+        gm, ctx = assigned(PAIRS.format(bits, ""), before=BOTH)
+        found.append((sum(mark.input.bits for mark in marks_of(gm).values()), -sum(row["nats a token"] for row in ctx.tables["widths"])))
+    assert found == sorted(found) and len(set(found)) == 3
+
+
+def test_of_inputs_that_take_no_budget_the_widest_is_taken():
+    gm, _ = assigned("assign_bits(bits=5.0, widths=('W4A4', 'W4A16', 'W4A8'), rounding='nearest', tokens=64)")
+    assert {str(mark) for mark in marks_of(gm).values()} == {"u4[1,32]"}
+    gm, _ = assigned("assign_bits(bits=5.0, widths=('W4A4', 'W4A8'), rounding='nearest', tokens=64)")
+    assert {str(mark) for mark in marks_of(gm).values()} == {"u4[1,32]/i8[1,-1]dynamic"}
+
+
+def test_numbers_leave_inputs_as_they_are_annotated():
+    gm, ctx = assigned("assign_bits(bits=4.0, widths=(2, 4), rounding='nearest', tokens=64)", before=BOTH)
+    assert {str(mark.input) for mark in marks_of(gm).values()} == {"i4[1,-1]dynamic"}
+    alone = assigned("assign_bits(bits=4.0, widths=(2, 4), rounding='nearest', tokens=64)")[1]
+    nats = [sum(row["nats a token"] for row in found.tables["widths"]) for found in (ctx, alone)]
+    assert nats[0] > nats[1]  # what rounding the inputs costs is predicted too
+
+
+def test_prediction_follows_measurement_with_rounded_inputs():
+    predicted, measured = [], []
+    for widths in (("W8A8",), ("W8A4",), ("W4A8",), ("W4A4",), ("W3A3",)):
+        text = f"assign_bits(bits=9.5, widths={widths}, rounding='nearest', tokens=96, measure=96)"
+        (row,) = assigned(text)[1].tables["choices"]
+        predicted.append(row["predicted, nats a token"])
+        measured.append(row["measured, nats a token"])
+    assert [sorted(measured).index(value) for value in measured] == [sorted(predicted).index(value) for value in predicted]
+    assert all(0.4 < a / b < 2.5 for a, b in list(zip(predicted, measured, strict=True))[:4])
+
+
+def test_costs_of_pairs_are_kept(tmp_path):
+    file = f", file={str(tmp_path / 'costs.json')!r}"
+    first, _ = assigned(PAIRS.format(5.6, file), before=BOTH)
+    again = load("llama").graph()
+    run(again, f"{BOTH}, {PAIRS.format(5.6, file)}")  # without calibration data
+    assert marks_of(again) == marks_of(first)
+    with pytest.raises(DataError, match=r"the costs lack .* as u4.*/i8"):
+        run(load("llama").graph(), f"{BOTH}, {PAIRS.replace('W4A4', 'W4A8').format(5.6, file)}")
+
+
+def test_the_report_shows_both_widths():
+    _, ctx = assigned(PAIRS.format(5.6, ""), before=BOTH)
+    shown = {row["encoding"] for row in ctx.tables["widths"]}
+    assert all("/i" in text for text in shown)
+    (table,) = picture.widths(ctx.tables["widths"])
+    cells = {str(cell).strip() for column in table.columns for cell in column.cells}
+    assert cells & {"8/8", "8·16/8", "8·32/8"} and cells & {"4/4", "4·16/4", "4·32/4"}
+
+
+def test_inputs_that_are_rounded_already_are_refused():
+    with pytest.raises(OptionError, match="rounded already") as error:
+        assigned(PAIRS.format(5.6, ""), before=f"{BOTH}, quantize(weights=False)")
+    assert "before quantize" in error.value.remedy
 
 
 def test_it_needs_annotations_and_data():

@@ -3,19 +3,18 @@ import itertools
 import pytest
 
 from ir import knapsack
-from ir.encoding import Encoding
-from ir.sites import layers
+from ir.sites import Mark, layers
 from passes.allocation import Problem
 from passes.budgets import POINTS, curve, rows
 from tests.families import load
 
-MARKS = [Encoding.parse(f"u{bits}[1,-1]") for bits in (2, 3, 4, 8)]
+MARKS = [Mark.parse(f"u{bits}[1,-1]") for bits in (2, 3, 4, 8)]
 
 
 @pytest.fixture(scope="module")
 def problem():
     sites = [[layer] for layer in layers(load("llama").graph()) if layer.path.endswith("_proj")]
-    costs = {(site[0].path, str(mark)): (1 + index % 5) * 4.0**-mark.bits for index, site in enumerate(sites) for mark in MARKS}
+    costs = {(site[0].path, str(mark)): (1 + index % 5) * 4.0**-mark.weight.bits for index, site in enumerate(sites) for mark in MARKS}
     return Problem(sites, [[(mark,) for mark in MARKS]] * len(sites), costs, 10**9)
 
 

@@ -3,14 +3,13 @@
 import pytest
 from torch import fx, nn
 
-from ir.encoding import Encoding
 from ir.knapsack import Choice
-from ir.sites import Layer
+from ir.sites import Layer, Mark
 from passes import allocation
 from passes.allocation import Allocation, Problem
 from passes.correction import BOUNDS, Look, best, corrected, factors, interactions, look
 
-MARKS = [(Encoding.parse("u2[1,-1]"),), (Encoding.parse("u4[1,-1]"),)]
+MARKS = [(Mark.parse("u2[1,-1]"),), (Mark.parse("u4[1,-1]"),)]
 TRUE = {"a": 1.0, "b": 3.0, "c": 0.5}  # the cost of two bits
 PREDICTED = {"a": 3.0, "b": 1.0, "c": 0.5}
 
@@ -19,7 +18,7 @@ class Formula:
     """A trial whose divergence is the sum of true costs, and 0.25 if a and b are both in two bits."""
 
     def divergences(self, variants):
-        return [self.value({layer.path for layer, mark in marks.items() if mark.bits == 2}) for marks in variants]
+        return [self.value({layer.path for layer, mark in marks.items() if mark.weight.bits == 2}) for marks in variants]
 
     @staticmethod
     def value(narrow):
@@ -28,9 +27,9 @@ class Formula:
 
 @pytest.fixture
 def problem(monkeypatch):
-    monkeypatch.setattr(allocation, "stored", lambda site, marks: marks[0].bits)
+    monkeypatch.setattr(allocation, "stored", lambda site, marks: marks[0].weight.bits)
     node = fx.symbolic_trace(nn.Identity()).graph.output_node()
-    costs = {(path, str(marks[0])): cost * (marks[0].bits == 2) for path, cost in PREDICTED.items() for marks in MARKS}
+    costs = {(path, str(marks[0])): cost * (marks[0].weight.bits == 2) for path, cost in PREDICTED.items() for marks in MARKS}
     return Problem([[Layer(node, path)] for path in TRUE], [MARKS] * 3, costs, 8)
 
 

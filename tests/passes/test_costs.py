@@ -2,16 +2,15 @@ import pytest
 import torch
 
 from ir import edit, numerics
-from ir.encoding import Encoding
 from ir.errors import DataError
 from ir.rounding import Nearest
-from ir.sites import layers
+from ir.sites import Mark, layers
 from passes.costs import layer_costs, load, model_costs, save
 from passes.observation import watch
 from tests import families
 from tests.passes.samples import CALIBRATION, context, run
 
-MARKS = [Encoding.parse(f"u{bits}[1,32]") for bits in (2, 3, 4, 8)]
+MARKS = [Mark.parse(f"u{bits}[1,32]") for bits in (2, 3, 4, 8)]
 
 
 def prepared():
@@ -36,12 +35,13 @@ def test_a_layers_own_cost_is_the_relative_error_of_its_output():
     seen = []
     watch(gm, ctx, [layer.site("input").operand], lambda _, value: seen.append(value.flatten(0, -2)), "test")
     X, W = torch.cat(seen), edit.attribute(gm, layer.weight).detach()
-    error = X @ (W - numerics.fake_quantize(W, MARKS[0], numerics.choose_qparams(W, MARKS[0], torch.float16))).T
+    encoding = MARKS[0].weight
+    error = X @ (W - numerics.fake_quantize(W, encoding, numerics.choose_qparams(W, encoding, torch.float16))).T
     assert found[layer.path, str(MARKS[0])] == pytest.approx(float(error.square().sum() / (X @ W.T).square().sum()), rel=1e-3)
 
 
 def test_a_table_is_read_back(tmp_path):
-    costs = {("a.b", "u2[1,-1]"): 0.1 + 0.2, ("c", "i1[1,64]"): 1e-30}
+    costs = {("a.b", "u2[1,-1]"): 0.1 + 0.2, ("c", "i1[1,64]/i8[1,-1]dynamic"): 1e-30}
     made = {"loss": "model", "seed": 0}
     save(costs, made, tmp_path / "costs.json")
     assert load(tmp_path / "costs.json", made) == costs
@@ -51,3 +51,46 @@ def test_a_table_is_read_back(tmp_path):
     (tmp_path / "costs.json").write_text('{"format": "another"}')
     with pytest.raises(DataError, match="no table of costs"):
         load(tmp_path / "costs.json", made)
+    file = tmp_path / "costs.json"
+    save(costs, made, file)
+    file.write_text(file.read_text().replace("fxpress-costs-2", "fxpress-costs-1"))
+    with pytest.raises(DataError, match="in the format 'fxpress-costs-1'"):
+        load(file, made)
+
+
+INPUTS = ["i4[1,-1]dynamic", "i4[1,-1]dynamic*0.7", "i8[1,-1]dynamic", "i4[1,16]dynamic", "u4[-1]"]
+
+
+@pytest.mark.parametrize("end", ["layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"])
+def test_rounding_of_inputs_costs_what_it_does_to_the_output(end):
+    gm, ctx, options = prepared()
+    (layer,) = [layer for layer in options if layer.path.endswith(end)]
+    marks = [Mark.parse("u8[1,32]"), *(Mark.parse(f"u8[1,32]/{text}") for text in INPUTS)]
+    found = layer_costs(gm, ctx, {layer: marks}, Nearest())
+    seen = []
+    watch(gm, ctx, [layer.site("input").operand], lambda _, value: seen.append(value), "test")
+    W = edit.attribute(gm, layer.weight).detach()
+    exact = torch.cat([x @ W.T for x in seen])
+    for mark in marks[1:]:
+        error = torch.cat([numerics.fake_quantize(x, mark.input) @ W.T for x in seen]) - exact
+        added = found[layer.path, str(mark)] - found[layer.path, "u8[1,32]"]
+        assert added == pytest.approx(float(error.square().sum() / exact.square().sum()), rel=0.05)
+
+
+def test_inputs_that_are_rounded_already_cost_nothing_more():
+    gm, ctx, _ = prepared()
+    run(gm, "annotate(scheme='W4A4'), quantize(weights=False)")
+    (layer,) = [layer for layer in layers(gm) if layer.path.endswith("0.mlp.up_proj")]
+    both = [Mark(None, layer.mark.weight), layer.mark]
+    found = layer_costs(gm, ctx, {layer: both}, Nearest())
+    assert found[layer.path, str(both[0])] == found[layer.path, str(both[1])] > 0
+
+
+def test_the_models_loss_weighs_the_outputs_of_both_errors():
+    gm, ctx, options = prepared()
+    (layer,) = [layer for layer in options if layer.path.endswith("1.mlp.up_proj")]
+    marks = [Mark.parse(text) for text in ("u4[1,32]", "u4[1,32]/i8[1,-1]dynamic", "u4[1,32]/i4[1,-1]dynamic", "u3[1,32]/i4[1,-1]dynamic")]
+    costs = model_costs(gm, ctx, {layer: marks}, Nearest(), tokens=128, seed=0)
+    rising = [costs[layer.path, str(mark)] for mark in marks]
+    assert 0 < rising[0] < rising[1] < rising[2] < rising[3]
+    assert rising[1] - rising[0] < 0.02 * (rising[2] - rising[0])  # four bits less: 256 times the squared error

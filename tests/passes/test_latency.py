@@ -64,6 +64,20 @@ def test_what_is_slow_on_the_target_is_not_chosen(tmp_path):
     assert not any(row["encoding"].startswith("u2") for row in rows)
 
 
+def test_a_latency_counts_inputs_too(tmp_path):
+    path = table(tmp_path, {4: 1.0})
+    data = json.loads(path.read_text())
+    data["milliseconds"] += [[n, k, "i8[1,-1]dynamic", w, 0.1 * time] for n, k, _, w, time in data["milliseconds"]]
+    path.write_text(json.dumps(data))
+    chosen = "assign_bits(latency={}, latencies={!r}, widths=('W4A16', 'W4A8'), rounding='nearest', tokens=64)"
+    found = []
+    for latency in (1.5, 7.0, 15.1):
+        pipeline = f"{MARKED}, {chosen.format(latency, str(path))}, round_weights(method='nearest'), quantize"
+        rows = passes.compile(load("llama").captured, pipeline, CALIBRATION).report().tables["widths"]
+        found.append(sum("/i8" in row["encoding"] for row in rows))
+    assert found[0] == len(rows) > found[1] > found[2] == 0
+
+
 def test_it_refuses_what_it_cannot_do(tmp_path):
     path = table(tmp_path, {2: 1.0, 4: 2.0, 8: 4.0})
     with pytest.raises(OptionError, match="least budget is latency="):

@@ -2,11 +2,10 @@ import pytest
 import torch
 
 from ir import numerics
-from ir.encoding import Encoding
+from ir.sites import Mark
 from passes.masks import MaskGenerator, distance_to, gate, hard, mixed_linear
 
-LOW = (Encoding.parse("i4[1,-1]dynamic"), Encoding.parse("i4[1,-1]"))
-HIGH = (Encoding.parse("i8[1,-1]dynamic"), Encoding.parse("i8[1,-1]"))
+LOW, HIGH = Mark.parse("i4[1,-1]/i4[1,-1]dynamic"), Mark.parse("i8[1,-1]/i8[1,-1]dynamic")
 
 
 def seeded(seed=0):
@@ -36,12 +35,12 @@ def test_distance_to_the_budget():
     assert float(distance_to(0.2, torch.tensor(0.4))) == pytest.approx(float(distance_to(0.2, torch.tensor(0.1))))
 
 
-@pytest.mark.parametrize("low", [LOW, (None, Encoding.parse("i1[1,-1]")), (None, Encoding.parse("u2[1,-1]"))])
+@pytest.mark.parametrize("low", [LOW, Mark.parse("i1[1,-1]"), Mark.parse("u2[1,-1]")])
 def test_closed_and_open_gates_give_the_split_layer(low):
     x, W, bias = torch.randn(3, 10, generator=seeded()), torch.randn(6, 10, generator=seeded(1)), torch.randn(6, generator=seeded(2))
     gates = torch.zeros(10)
     gates[[1, 4]] = 1.0
-    high = HIGH if low[0] else (None, HIGH[1])
+    high = HIGH if low.input else Mark(None, HIGH.weight)
 
     def part(channels, pair):  # the high part's scales are those of all channels
         rows, columns = (x[:, channels], W[:, channels]) if pair is low else (x, W)

@@ -30,6 +30,11 @@ def test_equal_layers_take_one_line():
     assert "net.blocks.*" in "".join(lines)
 
 
+def test_the_width_of_the_input_stands_after_a_slash():
+    page = text(picture.widths(rows(1, {"up": "u4[1,64]/i8[1,-1]dynamic", "gate": "u4[1,64]", "down": "i8[1,-1]/i4[1,-1]dynamic"})))
+    assert all(words in page for words in (" 4·64/8 ", " 4·64 ", " 8/4 ", "after a slash those of the input"))
+
+
 def test_one_size_of_groups_is_not_repeated():
     assert "·" not in text(picture.widths(rows(2, {"up": "u2[1,64]", "down": "u3[1,64]"})))
 

@@ -3,15 +3,14 @@ import torch
 
 import passes
 from ir import edit
-from ir.encoding import Encoding
 from ir.rounding import GPTQ, Nearest
-from ir.sites import layers
+from ir.sites import Mark, layers
 from passes.divergence import divergence
 from passes.trial import Trial, hold_out
 from tests.families import load
 from tests.passes.samples import CALIBRATION, Mlp, context, run, same_weights, vectors
 
-MARK = Encoding.parse("u2[1,32]")
+MARK = Mark.parse("u2[1,32]")
 
 
 def prepared(family="llama"):
@@ -32,7 +31,7 @@ def test_it_measures_what_the_rounded_model_does(family):
     for marks, measured in zip(variants, found, strict=True):
         copy = edit.copied(gm)
         for layer in layers(copy):
-            layer.site("weight").annotate(MARK if layer.path in {marked.path for marked in marks} else None)
+            layer.site("weight").annotate(MARK.weight if layer.path in {marked.path for marked in marks} else None)
         made = passes.compile(copy, "round_weights(method='nearest')")
         logits = [torch.cat([model(input_ids=batch[0]).logits.detach() for batch in held]) for model in (made, load(family).model)]
         assert measured == pytest.approx(float(divergence(*logits)), rel=1e-3, abs=1e-6)
@@ -78,3 +77,21 @@ def test_one_sample_cannot_be_divided():
     ctx = context(gm, [{"input_ids": CALIBRATION[0]["input_ids"][:1]}])
     known, held = hold_out(ctx, 60, seed=0)
     assert torch.equal(known.calibration[0][0], held[0][0])
+
+
+def test_inputs_are_rounded_where_the_mark_says_so():
+    gm, ctx, linears = prepared()
+    half = dict.fromkeys(linears[:5], Mark.parse("i8[1,-1]/i4[1,-1]dynamic*0.9"))
+    (measured,) = Trial(gm, ctx, ctx.calibration, Nearest()).divergences([half])
+    copy = edit.copied(gm)
+    for layer, mark in zip(layers(copy)[1:6], half.values(), strict=True):
+        layer.annotate(mark)
+    made = passes.compile(copy, "round_weights(method='nearest'), quantize")
+    logits = [torch.cat([model(input_ids=batch[0]).logits.detach() for batch in ctx.calibration]) for model in (made, load("llama").model)]
+    assert measured == pytest.approx(float(divergence(*logits)), rel=1e-3)
+    run(gm, "annotate(scheme='W8A4'), quantize(weights=False)")  # what is rounded already is not rounded again
+    linears = [layer for layer in layers(gm) if layer.kind == "Linear" and layer.input_rounded]
+    mark = next(iter(half.values()))
+    first, second = dict.fromkeys(linears, Mark(None, mark.weight)), dict.fromkeys(linears, mark)
+    found = Trial(gm, ctx, ctx.calibration, Nearest()).divergences([first, second])
+    assert found[0] == found[1]

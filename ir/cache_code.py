@@ -58,6 +58,12 @@ class CacheCode:
         codes = call(UNPACK, kept[CODES], text) if self._several else kept[CODES]
         return call(DEQUANTIZE, codes, kept.get(SCALE, self.scale), kept.get(ZERO_POINT, self.zero_point), text, dtype)
 
+    def token_bytes(self, site: CacheSite) -> int:
+        """Bytes that a site keeps for each token: codes, and for dynamic encodings scales, and zero points of one byte."""
+        codes = site.width // per_byte(self.encoding) if self._several else site.width
+        scales = self.encoding.scale_shape((1, site.width))[-1] if self.encoding.dynamic else 0
+        return site.heads * (codes + scales * (SCALE_DTYPE.itemsize + (not self.encoding.symmetric)))
+
     @property
     def _several(self) -> bool:
         return self.packed and per_byte(self.encoding) > 1

@@ -1,6 +1,6 @@
-"""How much the model's predictions feel a change of a layer's output: second moments of gradients."""
+"""How much the model's predictions feel a change of a value: gradients of its log likelihood, and their second moments."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,8 @@ from passes.base import Context
 from passes.calibration import tokens_in
 from passes.descent import some_rows
 from passes.divergence import own_outputs
+
+Take = Callable[[Node, Tensor, Tensor], None]
 
 
 def output_sensitivity(gm: GraphModule, ctx: Context, nodes: Collection[Node], tokens: int, seed: int = 0) -> dict[Node, Tensor]:
@@ -28,23 +30,37 @@ def output_sensitivity(gm: GraphModule, ctx: Context, nodes: Collection[Node], t
         seed: of what is drawn.
     """
     sums = {node: torch.zeros(edit.value(node).shape[-1], dtype=torch.float64) for node in nodes}
-    generator = torch.Generator().manual_seed(seed)
-    share, seen = -(-tokens // len(ctx.calibration)), 0
 
-    def add(node: Node, gradient: Tensor) -> None:
+    def add(node: Node, _: Tensor, gradient: Tensor) -> None:
         sums[node] += gradient.flatten(0, -2).double().square().sum(0)
 
+    seen = take_gradients(gm, ctx, nodes, add, tokens, seed)
+    return {node: (total / max(seen, 1)).float() for node, total in sums.items()}
+
+
+def take_gradients(gm: GraphModule, ctx: Context, nodes: Collection[Node], take: Take, tokens: int, seed: int = 0) -> int:
+    """Give `take` each of `nodes`, its value and the gradient there of a sampled log likelihood, batch by batch; returns the tokens seen.
+
+    Args:
+        nodes: calls.
+        tokens: of the calibration data, spread over all batches.
+        seed: of what is drawn.
+    """
+    wanted, seen = set(nodes), 0
+    generator = torch.Generator().manual_seed(seed)
+    share = -(-tokens // len(ctx.calibration))
+
     def watch(node: Node, value: Any) -> None:
-        if node in sums:
+        if node in wanted:
             if not value.requires_grad:
                 value.requires_grad_()
-            value.register_hook(partial(add, node))
+            value.register_hook(partial(take, node, value.detach()))
 
     for batch in ctx.track(ctx.calibration, "gradients"):
         rows = some_rows(batch, -(-share * len(batch[0]) // tokens_in(batch)), generator)
         backward(gm, rows, watch, generator)
         seen += tokens_in(rows)
-    return {node: (total / max(seen, 1)).float() for node, total in sums.items()}
+    return seen
 
 
 def backward(gm: GraphModule, batch: Sequence[Tensor], watch: evaluate.Tap, generator: torch.Generator) -> None:

@@ -1,17 +1,19 @@
-"""Tables of `assign_bits` on the report's page: widths as a coloured grid, the greatest contributions, budgets as one line."""
+"""Tables of `assign_bits` and `quantize_cache` on the report's page: widths as coloured grids, contributions, budgets as one line."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ir.encoding import Encoding
 from ir.sites import Mark
 from passes.grid import Grid, grid, merged
 
 Rows = Sequence[Mapping[str, Any]]
+T = TypeVar("T")
 
 # Of 1 to 8 bits, from viridis: brighter is wider, to every reader; narrow widths, the most common, are furthest apart. Plots use them too.
 COLOURS = ("#440154", "#414487", "#2a788e", "#22a884", "#44bf70", "#7ad151", "#bddf26", "#fde725")
@@ -27,12 +29,13 @@ def widths(rows: Rows) -> list[RenderableType]:
     groups = len({mark.weight.block for mark in used})
     parts = [", after a dot the size of groups"] * (groups > 1) + [", after a slash those of the input"] * any(mark.input for mark in used)
     title = f"widths in bits{''.join(parts)}"
-    table = Table(f"{found.shared}*" if found.shared else "", title=title, title_justify="left")
-    for column in found.columns:
-        table.add_column(column, justify="center")
-    for name, own in found.rows:
-        table.add_row(name, *(_cell(encoding, groups > 1) for encoding in own))
-    return [table]
+    return [_table(found, title, lambda mark: _cell(mark, groups > 1))]
+
+
+def cache(rows: Rows) -> list[RenderableType]:
+    """The grid of widths of keys and values, equal neighbouring layers in one row."""
+    found = merged(grid({str(row["site"]): str(row["encoding"]) for row in rows}))
+    return [_table(found, "cache, widths in bits", lambda text: _cell(Mark(None, Encoding.parse(text)), False) if text else Text("float"))]
 
 
 def marks(rows: Rows) -> Grid[Mark]:
@@ -90,14 +93,22 @@ def loss(rows: Rows) -> str:
 
 DRAWN: dict[str, Callable[[Rows], list[RenderableType]]] = {
     "widths": widths,
+    "cache": cache,
     "contributions": contributions,
     "interactions": interactions,
     "budgets": budgets,
 }
 
 
-def _cell(mark: Mark | None, grouped: bool) -> Text:
-    if mark is None:
-        return Text("")
+def _table(found: Grid[T], title: str, cell: Callable[[T], Text]) -> Table:
+    table = Table(f"{found.shared}*" if found.shared else "", title=title, title_justify="left")
+    for column in found.columns:
+        table.add_column(column, justify="center")
+    for name, own in found.rows:
+        table.add_row(name, *(Text("") if value is None else cell(value) for value in own))
+    return table
+
+
+def _cell(mark: Mark, grouped: bool) -> Text:
     bits = mark.weight.bits
     return Text(f" {label(mark, grouped)} ", style=f"{'white' if bits <= DARK else 'black'} on {COLOURS[bits - 1]}")

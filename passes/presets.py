@@ -6,7 +6,7 @@ from functools import partial
 from typing import cast
 
 from ir.errors import OptionError
-from ir.schemes import FLOAT
+from ir.schemes import FLOAT, bits_of
 from passes.annotate import Annotate
 from passes.assign_bits import AssignBits
 from passes.base import Pass
@@ -101,7 +101,7 @@ def mixed(
     bytes: int = 0,
     latency: float = 0.0,
     latencies: str = "",
-    widths: Sequence[int] = (2, 3, 4, 8),
+    widths: Sequence[int | str] = (2, 3, 4, 8),
     groups: Sequence[int] = GROUPS,
     transform: str = "rotate",
     solver: str = "knapsack",
@@ -112,16 +112,17 @@ def mixed(
     measure: int = 0,
     ignore: Sequence[str] = (),
     head: bool = False,
-    cache: int = 16,
+    cache: float = 16.0,
+    cache_widths: Sequence[int] = (),
 ) -> Pipeline:
-    """Weights in several widths under one budget, activations in floating point.
+    """Weights in several widths under one budget; activations in floating point, or in several widths too.
 
     Args:
         bits: budget: bits per weight, scales and zero points counted.
         bytes: budget in place of `bits`: bytes of the whole model as it is stored.
         latency: budget in place of `bits`: milliseconds of all chosen linears on one token, by the target's table in the file `latencies`.
-        widths: to choose among.
-        groups: sizes to choose among of groups that share a scale; -1 for one scale per output channel.
+        widths: to choose among: of weights, activations then stay in floating point; or schemes such as "W4A8", of both.
+        groups: sizes to choose among of groups that share a scale; -1 for one scale per output channel, which integer kernels need.
         transform: "rotate" (the residual stream and the values, folded into the weights) or "none".
         rounding: "learned" on the model's own divergence, or a method of `round_weights`.
         steps: of the learned rounding.
@@ -131,13 +132,20 @@ def mixed(
         ignore: layers to leave out.
         head: quantize output heads too.
         cache: bits of the key/value cache, 2 to 8; 16 leaves it in floating point.
+        cache_widths: widths of keys and values to choose among; `cache` is then their budget in bits an element, as of `quantize_cache`.
     """
     if transform not in OFFLINE_ONLY:
         raise OptionError(f"there is no transform {transform!r}", where="mixed(transform=...)", remedy=f"there are {list(OFFLINE_ONLY)}")
     names = cast("tuple[str, ...]", ignore)
+    schemes = [width for width in widths if isinstance(width, str)]
+    if schemes and len(schemes) != len(widths):
+        remedy = "give widths=(2, 3, 4, 8), or widths=('W4A4', 'W8A8')"
+        raise OptionError(f"widths are all numbers or all schemes, not {list(widths)}", where="mixed(widths=...)", remedy=remedy)
+    rounds = any(bits_of(scheme, "mixed(widths=...)")[1] != FLOAT for scheme in schemes)
     if solver == "masks":
-        if len(widths) != 2 or bytes or latency:
-            raise OptionError("masks choose between two widths, under a budget in bits", where="mixed", remedy="set widths=(1, 4)")
+        if len(widths) != 2 or bytes or latency or schemes:
+            problem = "masks choose between two widths of weights, under a budget in bits"
+            raise OptionError(problem, where="mixed", remedy="set widths=(1, 4); of activations too: split_channels, or learn_masks")
         if file or measure or tuple(groups) != GROUPS:
             raise OptionError("masks have no use for file, measure and groups", where="mixed", remedy="leave them out with solver='masks'")
         low, high = sorted(widths)
@@ -145,13 +153,13 @@ def mixed(
         marks = Annotate(f"W{low}A16", symmetric=low == 1, ignore=names, head=head)
         chosen: Pass = LearnMasks(f"W{high}A16", bits=bits)
     elif solver == "knapsack":
-        marks = Annotate("W4A16", group=64, symmetric=False, ignore=names, head=head)
+        marks = Annotate("W8A8" if rounds else "W4A16", group=64, symmetric=False, ignore=names, head=head)
         chosen = AssignBits(
             bits,
             bytes,
             latency,
             latencies,
-            widths=cast("tuple[int, ...]", widths),
+            widths=cast("tuple[int | str, ...]", widths),
             groups=cast("tuple[int, ...]", groups),
             file=file,
             measure=measure,
@@ -159,9 +167,14 @@ def mixed(
     else:
         raise OptionError(f"there is no solver {solver!r}", where="mixed(solver=...)", remedy="there are ['knapsack', 'masks']")
     propagation = None if rounding == "nearest" else PROPAGATION
-    rounded = LearnRounding(steps) if rounding == "learned" else RoundWeights(rounding, propagation=propagation)
+    rounded: tuple[Pass, ...]
+    if rounding == "learned":  # which rounds annotated inputs itself
+        rounded = (LearnRounding(steps), *((Quantize(),) if rounds else ()))
+    else:
+        rounded = (*((Quantize(weights=False),) if rounds else ()), RoundWeights(rounding, propagation=propagation))
+    clipped = (ClipActivations(),) if rounds else ()  # for the widths that were chosen
     written = (SampleText(),) if own_text else ()
-    return Pipeline((*OFFLINE_ONLY[transform], *written, marks, chosen, rounded, *_cached(cache)))
+    return Pipeline((*OFFLINE_ONLY[transform], *written, marks, chosen, *clipped, *rounded, *_cached(cache, cache_widths)))
 
 
 def rotate(*, where: Sequence[str] = ("R1", "R2", "R4"), kind: str = "hadamard", block: int = -1, seed: int = 0) -> Pipeline:
@@ -181,9 +194,9 @@ def smoothrot(*, alpha: float = 0.5, quantile: float = 1.0, search: bool = False
     return Pipeline((*OPENED, SmoothChannels(alpha, quantile, search=search, rotated=search, where=MLP), RotateChannels()))
 
 
-def _cached(bits: int) -> tuple[Pass, ...]:
-    """The pass that quantizes the cache, last: it changes what the graph takes in; none at 16 bits."""
-    return () if bits == FLOAT else (QuantizeCache(bits),)
+def _cached(bits: float, widths: Sequence[int] = ()) -> tuple[Pass, ...]:
+    """The pass that quantizes the cache, last: it changes what the graph takes in; none at 16 bits, unless widths are chosen."""
+    return () if bits == FLOAT and not widths else (QuantizeCache(bits, widths=cast("tuple[int, ...]", widths)),)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ OPTIONS = [
     ("balance_channels(online=True, block=16)", "untie"),
     ("learn(parts=['rotations', 'clips'], steps=4, rows=1)", "untie, fold_norm, center_norm, annotate(scheme='W4A8')"),
     ("learn(loss='block', steps=2)", "untie, fold_norm, annotate(scheme='W4A16', group=32, symmetric=False)"),
+    ("assign_bits(bits=6.0, widths=('W4A4', 'W8A8'), rounding='nearest', tokens=64)", "untie, annotate(scheme='W8A8', group=32)"),
+    ("quantize_cache(bits=9.6, widths=(2, 4, 8, 16), tokens=64)", ""),
     ("rotate_channels(where=('R1', 'R2', 'R3', 'R4'), kind='orthogonal', block=16, seed=1)", "untie, fold_norm, center_norm"),
 ]
 # They compose, or split what was whole the first time; the others find nothing the second time.

@@ -5,7 +5,10 @@ import transformers
 import passes
 from ir import edit
 from ir.capture import capture
+from ir.encoding import Encoding
 from ir.errors import OptionError
+from ir.ops import DEQUANTIZE, QUANTIZE
+from ir.sites import Mark, layers
 from passes import presets, registry
 from passes.pipeline import Pipeline
 from passes.probe import relative_error
@@ -18,6 +21,9 @@ VARIANTS = [
     *presets.TRANSFORMING,
     "mixed(bits=2.5, steps=5)",
     "mixed(bytes=110_000, rounding='gptq')",
+    "mixed(bits=5.6, widths=('W4A4', 'W8A8'), steps=5, cache=5.0, cache_widths=(2, 4, 8))",
+    "mixed(bits=5.6, widths=('W4A8', 'W8A16'), groups=(-1,), rounding='gptq', transform='none')",
+    "mixed(bits=5.6, widths=('W4A8', 'W8A8'), rounding='nearest', own_text=False)",
     "w8a8(dynamic=False)",
     "w8a8(dynamic=False, quantile=0.999)",
     "w8a8(rounding='gptq')",
@@ -78,6 +84,31 @@ def test_masks_take_the_place_of_the_knapsack():
     for options in ({"solver": "masks"}, {"solver": "luck"}, {"solver": "masks", "widths": (1, 4), "bytes": 10}):
         with pytest.raises(OptionError):
             presets.mixed(**options)
+
+
+@pytest.mark.parametrize("rounding", ["learned", "gptq"])
+def test_activations_are_really_rounded_to_the_widths_that_were_chosen(rounding):
+    text = f"mixed(bits=5.6, widths=('W4A4', 'W8A8'), groups=(-1, 16), rounding={rounding!r}, steps=5, own_text=False)"
+    made = compiled("llama", text)
+    marks = [Mark.parse(row["encoding"]) for row in made.report().tables["widths"]]
+    assert {(mark.weight.bits, mark.input.bits) for mark in marks} == {(4, 4), (8, 8)}
+    own = [layer for layer in layers(made.graph) if layer.path.endswith("_proj")]
+    rounded = [layer.site("input").operand for layer in own]
+    assert all(node.target is DEQUANTIZE and node.args[0].target is QUANTIZE for node in rounded)
+    assert [Encoding.parse(node.args[3]).bits for node in rounded] == [mark.input.bits for mark in marks]
+    assert any(Encoding.parse(node.args[3]).clip < 1 for node in rounded)
+    assert [Encoding.parse(layer.weight.args[3]).bits for layer in own] == [mark.weight.bits for mark in marks]
+    assert len({*rounded}) < len(rounded)  # what q, k and v read is rounded once
+    assert made.effective_bits <= 5.6
+
+
+def test_widths_of_mixed_are_all_numbers_or_all_schemes():
+    for options in ({"widths": (2, "W4A4")}, {"widths": ("W4A4", "W8A8"), "solver": "masks"}, {"widths": ("W4A5",)}):
+        with pytest.raises(OptionError) as error:
+            presets.mixed(**options)
+        assert error.value.remedy
+    steps = [step.name() for step in presets.mixed(widths=("W4A16", "W8A16"))]
+    assert "quantize" not in steps and "clip_activations" not in steps
 
 
 def test_ready_made_presets_are_spread_into_pipelines():

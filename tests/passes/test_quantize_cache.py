@@ -9,7 +9,8 @@ from ir import edit
 from ir.capture import capture
 from ir.errors import CoverageError, DataError, OptionError
 from ir.match import find
-from ir.ops import CHOOSE_QPARAMS, DEQUANTIZE, PACK
+from ir.ops import CHOOSE_QPARAMS, DEQUANTIZE, PACK, UNPACK
+from passes import picture
 from passes.measure import greedy
 from passes.probe import relative_error
 from passes.quantize_cache import QuantizeCache
@@ -65,6 +66,86 @@ def test_keys_and_values_have_bits_of_their_own():
     assert "3-bit values are kept in 4 bits each" in ctx.notes
     gm, ctx, _ = quantized("llama", "quantize_cache(keys=16, values=2)")
     assert layer(gm, "key", "value", "value_scale") == [("float32", 2, 16), ("uint8", 2, 4), ("float16", 2, 1)]
+
+
+WIDTHS = "quantize_cache(bits={}, widths=(2, 4, 8, 16), tokens=128{})"
+
+
+@pytest.mark.parametrize(
+    ("bits", "options"), [(4.0, ""), (9.0, ""), (6.0, ", group=8"), (4.0, ", dynamic=False"), (4.5, ", channels=True")]
+)
+def test_every_site_gets_a_width_within_the_budget(bits, options):
+    gm, ctx, error = quantized("llama", WIDTHS.format(bits, options))
+    assert 0 < error < 1
+    assert gm.meta["signature"].token_bytes <= bits * LAYERS * 2 * 2 * 16 / 8
+    rows = ctx.tables["cache"]
+    assert [row["site"] for row in rows] == ["0.key", "0.value", "1.key", "1.value"]
+    assert sum(row["bytes a token"] for row in rows) == gm.meta["signature"].token_bytes
+    found = {text.split(".", 1)[1]: encoding for text, encoding in _kept(gm).items()}
+    assert all(found.get(row["site"], "") == row["encoding"] for row in rows)
+    assert any(f"{gm.meta['signature'].token_bytes} bytes a token in place of 512" in note for note in ctx.notes)
+    assert picture.cache(rows)
+
+
+def _kept(gm):
+    """The encoding of every input of the cache that holds codes, by name."""
+    found = {}
+    for node in find(gm, DEQUANTIZE):
+        unpacked = node.args[0]
+        cat = unpacked.args[0] if unpacked.target is UNPACK else unpacked
+        past = cat.args[0][0]
+        names = [port.name for port in gm.meta["signature"].inputs]
+        found[names[list(gm.graph.find_nodes(op="placeholder")).index(past)]] = node.args[3]
+    return found
+
+
+def test_the_budget_decides_and_a_greater_one_is_nearer():
+    made = [quantized("gpt2", WIDTHS.format(bits, "")) for bits in (3.5, 6.0, 10.0, 24.0)]
+    errors = [error for _, _, error in made]
+    assert errors == sorted(errors, reverse=True) and len(set(errors)) == 4
+    again = quantized("gpt2", WIDTHS.format(6.0, ""))[1].tables["cache"]
+    assert again == made[1][1].tables["cache"]
+
+
+def test_a_choice_is_better_than_one_width_of_the_same_size():
+    _, ctx, _ = quantized("gpt2", WIDTHS.format(5.5, ""))
+    chosen = sum(row["predicted, nats a token"] for row in ctx.tables["cache"])
+    _, ctx, _ = quantized("gpt2", WIDTHS.format(5.5, "").replace("(2, 4, 8, 16)", "(4,)"))
+    assert chosen <= sum(row["predicted, nats a token"] for row in ctx.tables["cache"])
+    assert {row["encoding"] for row in ctx.tables["cache"]} == {"u4[1,-1]dynamic"}
+
+
+def test_all_in_floating_point_is_a_choice_too():
+    gm, ctx, error = quantized("llama", WIDTHS.format(32.0, ""))
+    assert error == 0 and gm.meta["signature"].token_bytes == 512
+    assert {row["encoding"] for row in ctx.tables["cache"]} == {""}
+
+
+def test_a_budget_that_nothing_fits_into_is_refused():
+    with pytest.raises(OptionError, match="no choice of widths") as error:
+        quantized("llama", WIDTHS.format(3.0, ""))
+    assert "bits=3.5," in error.value.remedy
+    with pytest.raises(DataError, match="calibration"):
+        run(load("llama").graph(), f"canonicalize, {WIDTHS.format(4.0, '')}")
+
+
+def test_widths_that_the_backend_lacks_are_not_chosen():
+    class Even:
+        name = "even"
+
+        def supports(self, operator, encodings, shape):
+            return None if all(encoding.bits == 4 for encoding in encodings.values()) else "four bits only"
+
+    def on_even(widths):
+        gm = load("llama").graph()
+        ctx = context(gm, CALIBRATION)
+        ctx.backend = Even()
+        run(gm, f"canonicalize, quantize_cache(bits=12.0, widths={widths}, tokens=64)", ctx=ctx)
+        return ctx.tables["cache"]
+
+    assert {row["encoding"] for row in on_even((2, 4, 8))} == {"u4[1,-1]dynamic"}
+    with pytest.raises(CoverageError, match="four bits only"):
+        on_even((2, 8, 16))
 
 
 def test_static_scales_are_those_of_the_heads_extremes():
@@ -235,6 +316,8 @@ def test_backends_are_asked():
     "text",
     [
         *("bits=1", "bits=9", "bits='8'", "bits=True", "keys=12", "bits=16", "keys=16, values=16"),
+        *("bits=4.5", "bits=4, widths=(3, 9)", "bits=4, widths=(2.0,)", "bits=0.0, widths=(2, 4)", "bits=20, widths=(16,)"),
+        *("bits=4, widths=(2, 4), keys=4", "bits=4, widths=(2, 4), values=4", "bits=4, widths=(2, 4), tokens=0"),
         *("group=0", "group=8, dynamic=False", "clip=0.0", "clip=0.9, dynamic=False"),
     ],
 )

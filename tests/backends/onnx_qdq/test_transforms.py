@@ -33,7 +33,15 @@ def test_mixed_widths_are_exact(pipeline):
     assert errors("llama", pipeline).amax() < 1e-5
 
 
-@pytest.mark.parametrize("pipeline", ["w4a4", "w8a8(transform='smoothrot', cache=8)"])
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        "w4a4",
+        "w8a8(transform='smoothrot', cache=8)",
+        "mixed(bits=5.6, widths=('W4A4', 'W8A8'), groups=(-1, 32), steps=3, own_text=False)",
+        "canonicalize, quantize_cache(bits=12.0, widths=(2, 4, 8, 16))",
+    ],
+)
 def test_quantized_transforms_follow_the_oracle(pipeline):
     # A difference of 1e-7 can move a value to the next code: then a row differs by more.
     found = errors("llama", pipeline)

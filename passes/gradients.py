@@ -13,6 +13,7 @@ from passes.base import Context
 from passes.calibration import tokens_in
 from passes.descent import some_rows
 from passes.divergence import own_outputs
+from passes.prefix import exact_copy
 
 Take = Callable[[Node, Tensor, Tensor], None]
 
@@ -41,12 +42,15 @@ def output_sensitivity(gm: GraphModule, ctx: Context, nodes: Collection[Node], t
 def take_gradients(gm: GraphModule, ctx: Context, nodes: Collection[Node], take: Take, tokens: int, seed: int = 0) -> int:
     """Give `take` each of `nodes`, its value and the gradient there of a sampled log likelihood, batch by batch; returns the tokens seen.
 
+    Gradients are those of the graph with activations in floating point, rounded already or not.
+
     Args:
         nodes: calls.
         tokens: of the calibration data, spread over all batches.
         seed: of what is drawn.
     """
-    wanted, seen = set(nodes), 0
+    exact, twin = exact_copy(gm)
+    wanted, seen = {twin[node]: node for node in nodes}, 0
     generator = torch.Generator().manual_seed(seed)
     share = -(-tokens // len(ctx.calibration))
 
@@ -54,11 +58,11 @@ def take_gradients(gm: GraphModule, ctx: Context, nodes: Collection[Node], take:
         if node in wanted:
             if not value.requires_grad:
                 value.requires_grad_()
-            value.register_hook(partial(take, node, value.detach()))
+            value.register_hook(partial(take, wanted[node], value.detach()))
 
     for batch in ctx.track(ctx.calibration, "gradients"):
         rows = some_rows(batch, -(-share * len(batch[0]) // tokens_in(batch)), generator)
-        backward(gm, rows, watch, generator)
+        backward(exact, rows, watch, generator)
         seen += tokens_in(rows)
     return seen
 

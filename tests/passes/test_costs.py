@@ -84,6 +84,7 @@ def test_inputs_that_are_rounded_already_cost_nothing_more():
     both = [Mark(None, layer.mark.weight), layer.mark]
     found = layer_costs(gm, ctx, {layer: both}, Nearest())
     assert found[layer.path, str(both[0])] == found[layer.path, str(both[1])] > 0
+    assert model_costs(gm, ctx, {layer: both[1:]}, Nearest(), tokens=64, seed=0)[layer.path, str(both[1])] > 0
 
 
 def test_the_models_loss_weighs_the_outputs_of_both_errors():

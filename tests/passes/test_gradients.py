@@ -3,7 +3,7 @@ import torch
 
 from ir import edit, evaluate
 from ir.sites import layers
-from passes.gradients import output_sensitivity
+from passes.gradients import output_sensitivity, take_gradients
 from tests.families import load
 from tests.passes.samples import context, run, tokens
 
@@ -53,3 +53,21 @@ def test_the_same_seed_draws_the_same():
     first, second = (output_sensitivity(gm, ctx, nodes, tokens=64, seed=3) for _ in range(2))
     assert all(torch.equal(first[node], second[node]) for node in nodes)
     assert all(edit.value(node).shape[-1] == len(first[node]) for node in nodes)
+
+
+def test_values_come_with_their_gradients_rounded_activations_or_not():
+    gm = load("llama").graph()
+    run(gm, "canonicalize, untie")
+    ctx = context(gm, BATCHES[:2])
+    rounded = load("llama").graph()
+    run(rounded, "canonicalize, untie, annotate(scheme='W8A4'), quantize(weights=False)")
+    found = []
+    for graph in (gm, rounded):
+        (layer,) = [layer for layer in layers(graph) if layer.path.endswith("1.mlp.up_proj")]
+        seen = []
+        count = take_gradients(graph, ctx, [layer.node], lambda *given, seen=seen: seen.append(given), tokens=96, seed=2)
+        assert count == sum(value[..., 0].numel() for _, value, _ in seen) == 96
+        assert all(node is layer.node and value.shape == gradient.shape for node, value, gradient in seen)
+        found.append([tensor for _, *pair in seen for tensor in pair])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(float(tensor.abs().max()) > 0 for tensor in found[0])

@@ -65,8 +65,9 @@ def allocation(report: Mapping[str, Any]) -> "Figure":
     if said:
         axes.set_xlabel("; ".join(["bits", *said]), fontsize=9)
     axes.set_ylabel(f"{found.shared}*" if found.shared else "")
+    what = "weights and inputs" if any(mark.input for mark in used) else "weights"
     axes.set_title(
-        f"{report['model']}: widths of weights, {report['coverage']['effective_bits']:.3f} effective bits", loc="left", fontsize=11
+        f"{report['model']}: widths of {what}, {report['coverage']['effective_bits']:.3f} effective bits", loc="left", fontsize=11
     )
     patches = [
         Patch(color=COLOURS[bits - 1], label=f"{bits} bit{'s' * (bits > 1)}") for bits in sorted({mark.weight.bits for mark in used})

@@ -42,6 +42,13 @@ def test_every_linear_has_its_width(report):
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1"]
 
 
+def test_widths_of_inputs_stand_after_a_slash(report):
+    rows = [{**row, "encoding": f"{row['encoding']}/i8[1,-1]dynamic"} for row in report["tables"]["widths"]]
+    (axes,) = allocation({**report, "tables": {"widths": rows}}).axes
+    assert all(text.get_text().endswith("/8") for text in axes.texts)
+    assert "after a slash" in axes.get_xlabel()
+
+
 def test_measures_stand_beside_what_was_predicted(report):
     (axes,) = budgets(report).axes
     points = {line.get_label(): line.get_ydata() for line in axes.lines}

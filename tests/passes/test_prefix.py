@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from ir import edit, evaluate
+from ir import edit, evaluate, numerics
+from ir.encoding import Encoding
 from ir.sites import layers
 from passes.prefix import Prefix, still_inputs
 from tests.families import load
@@ -33,6 +34,19 @@ def test_every_layer_gets_the_second_moments_of_its_input(inputs_of):
         assert inputs.cross is None
         seen += [layer.path.rpartition(".")[2] for layer in inputs.layers]
     assert seen == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"] * 2
+
+
+def test_what_rounding_leaves_of_inputs_has_second_moments():
+    gm, ctx, pending = prepared("annotate")
+    encodings = [Encoding.parse(text) for text in ("i4[1,-1]dynamic*0.8", "i8[1,-1]dynamic")]
+    (source,) = {layer.site("input").operand for layer in pending.values() if layer.path.endswith(("0.mlp.up_proj", "0.mlp.gate_proj"))}
+    noise = {inputs.layers[0].path: inputs.noise for inputs in still_inputs(gm, ctx, pending, "test", {source: encodings})}
+    assert [path for path, found in noise.items() if found] == ["model.layers.0.mlp.gate_proj"]
+    x = tapped(gm, ctx, source)
+    for encoding in encodings:
+        errors = x - numerics.fake_quantize(x.float(), encoding).double()
+        found = noise["model.layers.0.mlp.gate_proj"][encoding]
+        torch.testing.assert_close(found.double(), errors.T @ errors / len(x), rtol=1e-3, atol=1e-7)
 
 
 def test_the_model_as_it_was_has_no_rounded_activations():

@@ -8,54 +8,69 @@ from torch.fx import GraphModule
 
 from ir import edit, numerics
 from ir.numerics import QParams
-from ir.rounding import SCALE_DTYPE, search_qparams
+from ir.rounding import SCALE_DTYPE
 from ir.sites import Layer
 from ir.straight_through import fake_quantize
 
 
 class Codes:
-    """The weight of one linear as `(q − z) s` with `q = round(W / s₀ + z + v)`: offsets `v` in [−½, ½] and scales `s` are learned.
+    """The weight of one linear as `(q − z) s` with `q = round(W / s₀ + z + v)`: offsets `v` and scales `s` are learned.
 
-    Zero points, and the scales `s₀` that codes are counted in, stay as a search over clipping ratios found them. One bit has the codes −1
-    and 1, two apart: `q = sign(W / s₀ + 2v)`.
+    Zero points, and the scales `s₀` that codes are counted in, stay as they were found. One bit has the codes −1 and 1, two apart:
+    `q = sign(W / s₀ + 2v)`.
 
     Args:
         gm: the graph; `W` stays in it and is not changed.
         layer: annotated, its weight in floating point.
-        importance: of the input's channels, `[K]`: their second moments.
+        codes: to start from, `[N, K]`.
+        qparams: that they were found with.
     """
 
-    def __init__(self, gm: GraphModule, layer: Layer, importance: Tensor) -> None:
+    def __init__(self, gm: GraphModule, layer: Layer, codes: Tensor, qparams: QParams) -> None:
         encoding = layer.site("weight").encoding
         assert encoding is not None
         self.gm, self.layer, self.encoding = gm, layer, encoding
-        W = self._stored()
-        found = search_qparams(W, encoding, importance)
-        self.first = QParams(found.scale.float(), found.zero_point)
-        self.offset = torch.zeros(W.shape, dtype=torch.float16)
+        self.first = QParams(qparams.scale.float(), qparams.zero_point)
+        self.offset = self._offsets(codes)
         self.log_scale = nn.Parameter(torch.zeros_like(self.first.scale))
         self.rate = 0.0
 
     def _stored(self) -> Tensor:
         return edit.attribute(self.gm, self.layer.weight).detach().float()
 
+    def _offsets(self, codes: Tensor) -> Tensor:
+        """What leads from the weight to given codes: nothing to the nearest, to a neighbour the middle of what leads there, else all."""
+        place = self._place()
+        if self.encoding.bits == 1:
+            step, edge = (codes - torch.where(place < 0, -1, 1)) / 2, -place / 2
+        else:
+            step = codes - place.round()
+            edge = step.sign() / 2 + place.round() - place  # where the code changes
+        neighbour = (step.abs() == 1) & (edge.abs() < 0.5)
+        return torch.where(step == 0, 0.0, torch.where(neighbour, (edge + step.sign() / 2) / 2, codes - place)).half()
+
+    def _place(self) -> Tensor:
+        """`W / s₀ + z`."""
+        W, z = self._stored(), self.first.zero_point
+        return W / self._spread(self.first.scale) + (0.0 if z is None else self._spread(z.float()))
+
     def levels(self) -> tuple[Tensor, Tensor]:
         """`q − z`, and where a step of `v` can change it."""
-        W = self._stored()
+        place = self._place()
         if self.encoding.bits == 1:
-            signs = torch.where(torch.add(W / self._spread(self.first.scale), self.offset, alpha=2) < 0, -1.0, 1.0)
+            signs = torch.where(torch.add(place, self.offset, alpha=2) < 0, -1.0, 1.0)
             return signs, torch.ones_like(signs, dtype=torch.bool)
-        z = 0.0 if self.first.zero_point is None else self._spread(self.first.zero_point.float())
         least, greatest = numerics.code_range(self.encoding)
-        q = (W / self._spread(self.first.scale) + z + self.offset).round_()
-        return q.clamp(least, greatest) - z, (q >= least) & (q <= greatest)
+        q = (place + self.offset).round_()
+        z = self.first.zero_point
+        return q.clamp(least, greatest) - (0.0 if z is None else self._spread(z.float())), (q >= least) & (q <= greatest)
 
     def values(self, levels: Tensor) -> Tensor:
         """The weight that levels stand for, float32 `[N, K]`."""
         return levels * self._spread(self.scale)
 
     def _spread(self, values: Tensor) -> Tensor:
-        return numerics.expand(values, self.encoding, tuple(self.offset.shape))
+        return numerics.expand(values, self.encoding, tuple(edit.value(self.layer.weight).shape))
 
     @property
     def scale(self) -> Tensor:
@@ -73,7 +88,7 @@ class Codes:
     def learn(self, gradient: Tensor, levels: Tensor, free: Tensor) -> Tensor:
         """Move the offsets against the gradient of the weight `[N, K]`; returns that of the logarithms of scales."""
         step = torch.where(free, gradient.sign(), 0.0).to(self.offset.dtype)
-        self.offset.sub_(step, alpha=self.rate).clamp_(-0.5, 0.5)
+        self.offset.sub_(step, alpha=self.rate)
         split, axes = numerics.blocked(gradient * levels, self.encoding)
         return split.sum(axes) * self.scale
 

@@ -39,7 +39,7 @@ def _of_gradients(
     gm: GraphModule, ctx: Context, linears: dict[Node, Layer], factors: Mapping[Node, tuple[Tensor, Tensor]]
 ) -> Iterator[Known]:
     for node, layer in ctx.track(linears.items(), "round weights"):
-        outer, inner = factors[node]
+        outer, inner = factors.get(node, (None, None))
         yield layer, Evidence(outer=outer, inner=inner), _weight(gm, layer)
 
 

@@ -1,6 +1,6 @@
 """`learn_rounding`: choose the integers and scales of all weights together, by gradient on the model's own error."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,13 +9,14 @@ from torch.fx import GraphModule
 
 from ir import evaluate
 from ir.errors import DataError, OptionError
-from ir.rounding import Nearest
+from ir.rounding import METHODS, Nearest
+from ir.sites import Layer
 from ir.weights import round_layer, set_codes, unrounded
 from passes.base import Context, Effect, Pass
 from passes.codes import Codes
 from passes.descent import rate_at, shuffled, some_rows
 from passes.divergence import of_outputs, own_outputs
-from passes.observation import mean_squares
+from passes.evidence import gather
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,17 @@ class LearnRounding(Pass):
 
         %2 = fxpress.dequantize(%w_codes, %w_scale, %w_zero_point, 'u2[1,64]', float32); %3 = aten.linear(%1, %2)
 
-    Codes are `round(w / s + z + v)` with offsets `v` between −½ and ½, so that every weight becomes one of its two neighbours: what is
-    learned stays near the model, also on text unlike the calibration data. Offsets move against the sign of their gradient, as SignRound's
-    (2309.05516), scales by Adam. The loss is that of the whole model: KL(model ‖ rounded model) per token, or the relative squared error
-    of outputs that are no logits. Annotated inputs are rounded while learning, as they will be.
+    Codes are `round(w / s + z + v)`. The offsets `v` start where they give the codes of a method of `round_weights`, and move against the
+    sign of their gradient, as SignRound's (2309.05516): by at most `rate (steps + 1) / 2`, so that what is learned stays near the start,
+    also on text unlike the calibration data. Scales are learned by Adam. The loss is that of the whole model: KL(model ‖ rounded model) per
+    token, or the relative squared error of outputs that are no logits. Annotated inputs are rounded while learning, as they will be.
 
     A weight's gradient is used and dropped as soon as it is known: beside the model there are two bytes a weight for the offsets, one
-    rounded weight, and the activations of `rows` samples.
+    rounded weight, and the activations of `rows` samples; before, what the start needs (of yaqa `N² + K²` floats a linear).
 
     Args:
+        start: method of `round_weights`, with its own options, that finds the codes to start from; what it needs is gathered from the model
+            before rounding.
         steps: of the optimizer.
         rows: samples of a batch in a step.
         rate: first step of the offsets, falling linearly to zero.
@@ -50,14 +53,19 @@ class LearnRounding(Pass):
         OptionError: a number that makes no sense.
     """
 
+    start: str = "yaqa"
     steps: int = 200
     rows: int = 4
-    rate: float = 1e-2
-    scale_rate: float = 1e-3
+    rate: float = 3e-3
+    scale_rate: float = 2e-3
     seed: int = 0
     effect: ClassVar[Effect] = Effect.CHANGE
 
     def __post_init__(self) -> None:
+        if self.start not in METHODS:
+            raise OptionError(
+                f"there is no rounding {self.start!r}", where="learn_rounding(start=...)", remedy=f"there are {list(METHODS)}"
+            )
         if self.steps < 1 or self.rows < 1 or not self.rate > 0 or not self.scale_rate >= 0:
             raise OptionError("steps and rows are at least 1, rates positive", where=str(self))
 
@@ -71,8 +79,7 @@ class LearnRounding(Pass):
         pending = unrounded(gm)
         linears = [layer for layer in pending if layer.kind == "Linear"]
         if linears:
-            read = mean_squares(gm, ctx, {layer.site("input").operand for layer in linears})
-            learned = [Codes(gm, layer, read[layer.site("input").operand]) for layer in linears]
+            learned = list(self._begun(gm, ctx, linears))
             with torch.enable_grad():
                 self._descend(gm, ctx, learned)
             for codes in learned:
@@ -81,6 +88,12 @@ class LearnRounding(Pass):
             if layer.kind != "Linear":
                 round_layer(gm, layer, Nearest(search=True))
         return len(pending)
+
+    def _begun(self, gm: GraphModule, ctx: Context, linears: Sequence[Layer]) -> Iterator[Codes]:
+        """The codes to start from."""
+        rounding = METHODS[self.start]()
+        for layer, evidence, W in gather(gm, ctx, {layer.node: layer for layer in linears}, rounding, propagation=0.0):
+            yield Codes(gm, layer, *rounding.round_weight(W, layer.mark.weight, evidence))
 
     def _descend(self, gm: GraphModule, ctx: Context, learned: Sequence[Codes]) -> None:
         outputs = own_outputs(gm)

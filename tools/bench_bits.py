@@ -34,7 +34,8 @@ PEERS = (
     (4.31, "AutoRound", 46.87, 45.20),
     (4.31, "GPTQ asymmetric", 46.98, 45.13),
 )
-BUDGETS = {1.6: "widths=(1, 2, 3, 4)", 2.0: "widths=(1, 2, 3, 4)", 2.28: "", 2.5: "", 2.744: "", 3.0: "", 3.244: "", 3.3: "", 4.25: ""}
+NARROW = "widths=(1, 2, 3, 4)"
+BUDGETS = {1.6: NARROW, 2.0: NARROW} | dict.fromkeys((2.28, 2.5, 2.744, 3.0, 3.244, 3.3, 4.25, 4.31), "")
 UNIFORM = "canonicalize, annotate(scheme='W{}A16', group={}, symmetric=False), round_weights"
 OPENED = "canonicalize, untie, fold_norm, center_norm"
 LOCAL = f"{OPENED}, annotate(scheme='W4A16', group=64, symmetric=False), rotate_channels(where=['R1', 'R2'])"

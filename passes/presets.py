@@ -169,7 +169,7 @@ def mixed(
     propagation = None if rounding == "nearest" else PROPAGATION
     rounded: tuple[Pass, ...]
     if rounding == "learned":  # which rounds annotated inputs itself
-        rounded = (LearnRounding(steps), *((Quantize(),) if rounds else ()))
+        rounded = (LearnRounding(steps=steps), *((Quantize(),) if rounds else ()))
     else:
         rounded = (*((Quantize(weights=False),) if rounds else ()), RoundWeights(rounding, propagation=propagation))
     clipped = (ClipActivations(),) if rounds else ()  # for the widths that were chosen

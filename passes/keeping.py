@@ -12,7 +12,7 @@ Kept = list[int]  # how many units of each group
 
 
 def uniform(units: Sequence[Units], share: float, multiple: int) -> Kept:
-    """The same share of every group: heads to the nearest whole one, and MLP channels, in multiples, so that the share of weights is met."""
+    """The same share of every group: heads to the nearest whole one, and MLP channels, in multiples, to meet the share of weights."""
     total = sum(own.size * own.weights for own in units)
     kept = {index: _nearest(own.size, share, 1) for index, own in enumerate(units) if own.what == HEADS}
     dropped = sum((units[index].size - count) * units[index].weights for index, count in kept.items())

@@ -1,5 +1,6 @@
 """What can be pruned: units of channels that only linears make and read, and why the rest is left."""
 
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -14,12 +15,13 @@ from ir.sites import Layer, heads, layers, matches
 
 MLP, HEADS = "mlp", "heads"
 KINDS = (MLP, HEADS)
+PLACE = re.compile(r"\.\d+\.")  # of a layer among its like: reasons are told once for all
 ATTENTION = (aten.scaled_dot_product_attention.default, aten.softmax.int)
 
 
 @dataclass(frozen=True)
 class Units:
-    """A group of channels, each of which, a *unit*, can be dropped: a channel between linears, or a head of keys and values with its queries.
+    """A group of channels, each of which, a *unit*, can be dropped: a channel between linears, or a head of keys and what goes with it.
 
     Args:
         group: of kind SELECT.
@@ -39,6 +41,11 @@ class Units:
         return self.group.size
 
     @property
+    def paths(self) -> set[str]:
+        """The tensors that make or read them."""
+        return {member.path for member in self.group.members}
+
+    @property
     def path(self) -> str:
         """What people call it: the first linear that reads it."""
         return self.readers[0][0].path
@@ -48,14 +55,23 @@ def found_units(gm: GraphModule, what: Collection[str], ignore: Collection[str])
     """The units of these kinds, in graph order, and by reason the linears that have none, output heads left out."""
     linears: dict[str, list[Layer]] = {}
     for layer in layers(gm):
-        if layer.kind == "Linear":
+        if layer.kind == "Linear" and layer.weight.op == "get_attr":
             linears.setdefault(str(layer.weight.target), []).append(layer)
     groups = channel_groups(gm, Map.SELECT)
-    units = [made for group in groups if (made := _units(gm, group, linears)) is not None and made.what in what]
+    units = [made for group in groups if (made := _units(gm, group, linears)) is not None]
     held = {path for path, found in linears.items() if any(matches(layer, pattern) for layer in found for pattern in ignore)}
-    free = [own for own in units if held.isdisjoint(member.path for member in own.group.members)]
+    asked = [own for own in units if own.what in what]
+    free = [own for own in asked if held.isdisjoint(own.paths)]
+    why = {path: "they are not asked for" for own in units for path in own.paths}
+    why |= {path: "they are ignored" for own in asked for path in own.paths}
+    taken = {path for own in free for path in own.paths}
+    outputs = heads(gm)
+    left: dict[str, list[Layer]] = {}
+    for path, found in linears.items():
+        if path not in taken and found[0].node not in outputs:
+            left.setdefault(why.get(path) or _reason(groups, path), []).append(found[0])
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
-    return sorted(free, key=lambda own: order[own.readers[0][0].node]), _left(gm, groups, units, free, linears)
+    return sorted(free, key=lambda own: order[own.readers[0][0].node]), left
 
 
 def _units(gm: GraphModule, group: ChannelGroup, linears: dict[str, list[Layer]]) -> Units | None:
@@ -74,24 +90,11 @@ def _elements(gm: GraphModule, member: Member) -> int:
     return int((member.channels >= 0).sum()) * tensor.numel() // tensor.shape[member.axis]
 
 
-def _left(
-    gm: GraphModule, groups: list[ChannelGroup], units: list[Units], free: list[Units], linears: dict[str, list[Layer]]
-) -> dict[str, list[Layer]]:
-    taken = {member.path for own in free for member in own.group.members}
-    ignored = {member.path for own in units for member in own.group.members}
-    outputs = heads(gm)
-    reasons: dict[str, list[Layer]] = {}
-    for path, found in linears.items():
-        if path not in taken and found[0].node not in outputs:
-            reasons.setdefault("it is ignored" if path in ignored else _reason(groups, path), []).append(found[0])
-    return reasons
-
-
 def _reason(groups: Iterable[ChannelGroup], path: str) -> str:
-    """Why a weight has no units: of its groups, the one with the fewest tensors is not the residual stream."""
+    """Why a weight has no units: of its groups, the first between two weights, or else the one with the fewest."""
     own = [group for group in groups if any(member.path == path for member in group.members)]
-    least = min(own, key=lambda group: (len(group.members), not group.reason))
-    return least.reason or ("it is one unit" if least.size < 2 else "not asked for, or not between linears")
+    told = min(own, key=lambda group: (not (group.writers and group.readers), len(group.members)))
+    return PLACE.sub(".*.", told.reason) or ("they are one unit" if told.size < 2 else "they are not between linears")
 
 
 def summed(values: Tensor, member: Member, size: int) -> Tensor:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -16,7 +15,7 @@ from ir.sites import Layer, check_patterns, layers
 from passes import keeping
 from passes.base import Context, Effect, Pass
 from passes.prefix import Prefix
-from passes.prunable import KINDS, MLP, Units, found_units
+from passes.prunable import KINDS, Units, found_units
 from passes.unit_scores import CRITERIA
 
 CLOSE = 0.01  # how far the share of weights that goes may be from what was asked for
@@ -38,7 +37,7 @@ class Prune(Pass):
     that makes or reads them, numbers in calls and all shapes follow, and the cache shrinks with its heads.
 
     The linears that read what is left are refitted, one after the other, on inputs from the already pruned prefix:
-    `W' = W_K + (W G_:K − W_K G_KK) (G_KK + λI)⁻¹`, `G = E[xxᵀ]`, K the columns that stay.
+    `W' = W_K + W_D G_DK (G_KK + λI)⁻¹`, `G = E[xxᵀ]`, K the columns that stay, D those that go.
 
     | criterion | drops units with the least | arXiv |
     |---|---|---|
@@ -87,7 +86,9 @@ class Prune(Pass):
         self.take_names("what", KINDS)
         object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
         if self.criterion not in CRITERIA:
-            raise OptionError(f"there is no criterion {self.criterion!r}", where="prune(criterion=...)", remedy=f"there are {list(CRITERIA)}")
+            raise OptionError(
+                f"there is no criterion {self.criterion!r}", where="prune(criterion=...)", remedy=f"there are {list(CRITERIA)}"
+            )
         if not 0 <= self.share < 1 or self.multiple < 1 or self.damping < 0 or self.tokens < 1:
             raise OptionError("a share lies from 0 to below 1, multiple and tokens are at least 1, damping at least 0", where=str(self))
 
@@ -119,9 +120,7 @@ class Prune(Pass):
         if not self.uniform:
             counts = self._counts(units, [s if criterion.absolute else s / s.sum().clamp_min(1e-30) for s in scores], ctx)
         picked = [
-            (own, keeping.greatest(score, count))
-            for own, score, count in zip(units, scores, counts, strict=True)
-            if count < own.size
+            (own, keeping.greatest(score, count)) for own, score, count in zip(units, scores, counts, strict=True) if count < own.size
         ]
         if self.compensate:
             self._refit(gm, ctx, picked)
@@ -147,7 +146,9 @@ class Prune(Pass):
         reached = keeping.dropped_share(units, counts)
         if abs(reached - self.share) > CLOSE and not ctx.allow_partial:
             raise CoverageError(
-                f"{self.share:.1%} of the units' weights cannot be dropped: the nearest is {reached:.1%}" if units else "nothing can be pruned",
+                f"{self.share:.1%} of the units' weights cannot be dropped: the nearest is {reached:.1%}"
+                if units
+                else "nothing can be pruned",
                 where="; ".join(note for note in ctx.notes if note.startswith("prune:")) or str(self),
                 remedy=f"share={reached:.3f}, a smaller multiple, uniform=False, or allow_partial=True to take the nearest",
             )
@@ -182,10 +183,11 @@ class Prune(Pass):
         if bias is None:
             return
         if isinstance(old, Node):
-            edit.set_attribute(gm, old, edit.attribute(gm, old).detach() + bias)
+            own = edit.attribute(gm, old).detach()
+            edit.set_attribute(gm, old, (own.double() + bias).to(own.dtype))
         else:
             name = f"{str(layer.weight.target).rpartition('.')[0]}.bias"
-            edit.set_operand(layer.node, "bias", edit.add_attribute(gm, name, bias, before=layer.node))
+            edit.set_operand(layer.node, "bias", edit.add_attribute(gm, name, bias.to(W.dtype), before=layer.node))
 
 
 def _lost(score: Tensor, count: int) -> float:

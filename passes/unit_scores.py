@@ -55,7 +55,7 @@ def wanda(gm: GraphModule, ctx: Context, units: Sequence[Units], tokens: int, se
 
 def _squares(gm: GraphModule, node: Node, axis: int) -> Tensor:
     """The sum of squares at each place along an axis."""
-    return edit.attribute(gm, node).detach().float().movedim(axis, 0).flatten(1).square().sum(1)
+    return edit.attribute(gm, node).detach().float().movedim(axis, 0).square().reshape(edit.value(node).shape[axis], -1).sum(1)
 
 
 def taylor(gm: GraphModule, ctx: Context, units: Sequence[Units], tokens: int, seed: int) -> list[Tensor]:
@@ -68,9 +68,7 @@ def fisher(gm: GraphModule, ctx: Context, units: Sequence[Units], tokens: int, s
     return [0.5 * found for found in _felt(gm, ctx, units, tokens, seed, torch.square)]
 
 
-def _felt(
-    gm: GraphModule, ctx: Context, units: Sequence[Units], tokens: int, seed: int, of: Callable[[Tensor], Tensor]
-) -> list[Tensor]:
+def _felt(gm: GraphModule, ctx: Context, units: Sequence[Units], tokens: int, seed: int, of: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """The mean over tokens of a function of `Σ_j g_j x_j`, `g` the gradient of a sampled log likelihood at what readers read."""
     sums = [torch.zeros(own.size, dtype=torch.float64) for own in units]
     at: dict[Node, list[tuple[int, Any]]] = {}

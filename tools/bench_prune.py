@@ -2,19 +2,22 @@
 
     python -m tools.bench_prune ../shared/bench --out tools/results/prune.md
 
-Nothing is chosen on the test texts. Each compile runs in a process of its own. Shares of heads are what whole heads allow: one and two of the
-four key/value heads of every layer, each with its two query heads.
+Nothing is chosen on the test texts. Shares of heads are what whole heads allow: one and two of
+the four key/value heads of every layer, each with its two query heads.
 """
 
 import argparse
 import math
-import multiprocessing
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
+from torch.fx import GraphModule
 
 import passes
+from ir import edit
+from ir.sites import chosen
 from passes.unit_scores import CRITERIA
 from tools import bench_model
 
@@ -24,19 +27,21 @@ WHOLE = {"mlp": "MLP channels", "heads": "heads"}
 SECTIONS = ("criteria", "free", "both")
 
 
-def row(folder: Path, seed: int, pipeline: str) -> tuple[float, float, float]:
-    """The share of the linears' weights that is gone, and both perplexities, from a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measured, (folder, seed, pipeline))
-
-
-def _measured(folder: Path, seed: int, pipeline: str) -> tuple[float, float, float]:
-    torch.set_num_threads(1)
+@cache
+def captured(folder: Path, seed: int) -> tuple[bench_model.BenchModel, GraphModule]:
+    """The bench, and its model's graph: rows share what they share."""
     bench = bench_model.load(folder, seed)
-    before = sum(tensor.numel() for name, tensor in bench.model.named_parameters() if "_proj" in name)
-    made = passes.compile(bench.model, f"canonicalize, {pipeline}", bench.calibration)
+    graph = passes.compile(bench.model, "canonicalize").graph
+    assert graph is not None
+    return bench, graph
+
+
+def row(folder: Path, seed: int, pipeline: str) -> tuple[float, float, float]:
+    """The share of the linears' weights that is gone, and both perplexities."""
+    bench, graph = captured(folder, seed)
+    made = passes.compile(graph, pipeline, bench.calibration)
     assert made.graph is not None
-    after = sum(tensor.numel() for name, tensor in made.graph.named_parameters() if "_proj" in name)
+    before, after = (sum(edit.value(layer.weight).numel() for layer in chosen(gm)) for gm in (graph, made.graph))
     wiki, news = bench.perplexities(made)
     return 1 - after / before, wiki, news
 
@@ -97,14 +102,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     folder: Path = options.bench
+    torch.set_num_threads(1)
     sections: dict[str, list[tuple[str, Callable[[], list[str]]]]] = {
         "criteria": [(f"Criteria, {WHOLE[what]}", lambda what=what: criteria(folder, options.seed, what)) for what in SHARES],  # type: ignore[misc]
         "free": [("Widths", lambda: free(folder, options.seed))],
         "both": [("Heads and channels", lambda: both(folder, options.seed))],
     }
     text = [
-        f"# Pruning\n\n`python -m tools.bench_prune {folder}`, calibration seed {options.seed}, one thread, beside other work; full precision "
-        f"{FULL[0]} / {FULL[1]}.\n"
+        f"# Pruning\n\n`python -m tools.bench_prune {folder}`, calibration seed {options.seed}, one thread, beside other work; "
+        f"full precision {FULL[0]} / {FULL[1]}.\n"
     ]
     for key in options.sections or SECTIONS:
         for title, run in sections[key]:

@@ -11,6 +11,7 @@ from ir import edit, evaluate
 from ir.capture import capture
 from ir.channels import ChannelGroup, Map, channel_groups
 from ir.errors import PassError
+from ir.inference import check_shapes
 from ir.selection import select, stays
 from ir.text import graph_text
 from ir.verify import verify
@@ -57,6 +58,7 @@ def test_what_is_left_equals_its_masked_twin(name):
     select(gm, picked)
     edit.clean(gm)
     verify(gm)
+    check_shapes(gm)
     after, expected = (load(name).steps(each, lengths=LENGTHS) for each in (gm, twin))
     assert max(relative_error((a,), (b,)) for a, b in zip(after, expected, strict=True)) < 1e-5
     assert sum(edit.attribute(gm, node).numel() for node in gm.graph.find_nodes(op="get_attr")) < 0.9 * before
@@ -72,6 +74,7 @@ def test_small_graphs_equal_their_masked_twins(name):
     select(gm, picked)
     edit.clean(gm)
     verify(gm)
+    check_shapes(gm)
     x = torch.randn(4, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     after, expected = (evaluate.run(each, [x]) for each in (gm, twin))
     assert relative_error(after, expected) < 1e-12

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 import transformers
@@ -109,6 +111,12 @@ def test_onnx_runs_what_is_left(family):
         assert relative_error((second.logits,), (first.logits,)) < 1e-5
         past = first.past_key_values, second.past_key_values
     assert past[1].layers[0].keys.shape[1] == kept_heads(oracle)
+
+
+def test_the_saved_folder_states_the_heads_that_are_left(tmp_path):
+    made = passes.compile(load("llama").captured, f"canonicalize, prune(share=0.35, multiple=2, {PLAIN})", backend="onnx")
+    decoder = json.loads((made.save(tmp_path / "out") / "genai_config.json").read_text())["model"]["decoder"]
+    assert (decoder["num_attention_heads"], decoder["num_key_value_heads"], decoder["head_size"]) == (2, 1, 16)
 
 
 def kept_heads(made):

@@ -40,8 +40,14 @@ def free(units: Sequence[Units], scores: Sequence[Tensor], share: float, multipl
     for own, score, counts in zip(units, scores, choices, strict=True):
         lost = torch.cat([torch.zeros(1, dtype=torch.float64), score.double().sort().values.cumsum(0)])
         sites.append([knapsack.Option(float(lost[own.size - count]), count * own.weights) for count in counts])
-    picks = knapsack.solve(sites, int((1 - share) * total + min(steps, default=0) / 2)).picks
+    least = sum(own.weights * counts[0] for own, counts in zip(units, choices, strict=True))
+    picks = knapsack.solve(sites, max(int((1 - share) * total + min(steps, default=0) / 2), least)).picks
     return [counts[pick] for counts, pick in zip(choices, picks, strict=True)]
+
+
+def most(units: Sequence[Units], multiple: int) -> float:
+    """The greatest share of weights that can go."""
+    return dropped_share(units, [_counts(own.size, multiple if own.what == MLP else 1)[0] for own in units])
 
 
 def greatest(score: Tensor, count: int) -> Tensor:

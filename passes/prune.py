@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from ir import edit
 from ir.errors import CoverageError, DataError, OptionError
+from ir.match import operand
 from ir.refit import refit
 from ir.selection import select, stays
 from ir.sites import Layer, check_patterns, layers
@@ -114,46 +115,43 @@ class Prune(Pass):
             return 0
         units, left = found_units(gm, self.what, self.ignore)
         self._tell_left(gm, ctx, left)
-        counts = self._counts(units, None, ctx) if self.uniform else []  # what cannot be met is refused before long work
+        # What cannot be met is refused before long work.
+        counts = keeping.uniform(units, self.share, self.multiple)
+        self._check(keeping.dropped_share(units, counts) if self.uniform else min(keeping.most(units, self.multiple), self.share), ctx)
         criterion = CRITERIA[self.criterion]
-        scores = criterion.scores(gm, ctx, units, self.tokens, self.seed)
+        scores = criterion.scores(gm, ctx, units, self.tokens, self.seed) if units else []
         if not self.uniform:
-            counts = self._counts(units, [s if criterion.absolute else s / s.sum().clamp_min(1e-30) for s in scores], ctx)
-        picked = [
-            (own, keeping.greatest(score, count)) for own, score, count in zip(units, scores, counts, strict=True) if count < own.size
-        ]
-        if self.compensate:
+            relative = scores if criterion.absolute else [score / score.sum().clamp_min(1e-30) for score in scores]
+            counts = keeping.free(units, relative, self.share, self.multiple)
+        chosen = [(own, keeping.greatest(score, count)) for own, score, count in zip(units, scores, counts, strict=True)]
+        picked = [(own, channels) for own, channels in chosen if len(channels) < own.size]
+        if self.compensate and picked:
             self._refit(gm, ctx, picked)
         ctx.rebind(select(gm, [(own.group, channels) for own, channels in picked]))
-        ctx.tables["pruned"] = [
-            {"layer": own.path, "units": own.what, "kept": count, "of": own.size, "lost score": _lost(score, count)}
-            for own, score, count in zip(units, scores, counts, strict=True)
-        ]
+        self._tell(ctx, units, scores, counts)
         return len(picked)
 
-    def _counts(self, units: Sequence[Units], scores: Sequence[Tensor] | None, ctx: Context) -> keeping.Kept:
-        """How many units of each group stay.
+    def _check(self, reached: float, ctx: Context) -> None:
+        """Refuse a share that cannot be met.
 
         Raises:
-            CoverageError: the share cannot be met.
+            CoverageError: the nearest one is too far from it, and nothing may be left.
         """
-        if not units:
-            counts: keeping.Kept = []
-        elif scores is None:
-            counts = keeping.uniform(units, self.share, self.multiple)
-        else:
-            counts = keeping.free(units, scores, self.share, self.multiple)
-        reached = keeping.dropped_share(units, counts)
         if abs(reached - self.share) > CLOSE and not ctx.allow_partial:
             raise CoverageError(
-                f"{self.share:.1%} of the units' weights cannot be dropped: the nearest is {reached:.1%}"
-                if units
-                else "nothing can be pruned",
+                f"{self.share:.1%} of the units' weights cannot be dropped: the nearest is {reached:.1%}",
                 where="; ".join(note for note in ctx.notes if note.startswith("prune:")) or str(self),
                 remedy=f"share={reached:.3f}, a smaller multiple, uniform=False, or allow_partial=True to take the nearest",
             )
+
+    def _tell(self, ctx: Context, units: Sequence[Units], scores: Sequence[Tensor], counts: keeping.Kept) -> None:
+        """What went, in a note and a table."""
+        reached = keeping.dropped_share(units, counts)
         ctx.notes.append(f"prune: {reached:.2%} of the weights of {len(units)} groups of units are dropped")
-        return counts
+        ctx.tables["pruned"] = [
+            {"layer": own.path, "units": own.what, "kept": count, "of": own.size, self.criterion: _lost(score, count)}
+            for own, score, count in zip(units, scores, counts, strict=True)
+        ]
 
     def _tell_left(self, gm: GraphModule, ctx: Context, left: dict[str, list[Layer]]) -> None:
         tensors = {node: edit.attribute(gm, node).nbytes for node in gm.graph.find_nodes(op="get_attr")}
@@ -176,13 +174,14 @@ class Prune(Pass):
                 self._refit_one(gm, layer, inputs.gram, inputs.mean, keeps[layer.node])
 
     def _refit_one(self, gm: GraphModule, layer: Layer, gram: Tensor, mean: Tensor, keep: Tensor) -> None:
-        old = layer.node.args[2] if len(layer.node.args) > 2 else None
+        old = operand(layer.node, "bias")
         W = edit.attribute(gm, layer.weight).detach()
-        fitted, bias = refit(W, gram, keep, self.damping, mean if self.bias or old is not None else None)
+        own_bias = isinstance(old, Node) and old.op == "get_attr" and len(old.users) == 1
+        fitted, bias = refit(W, gram, keep, self.damping, mean if own_bias or (self.bias and old is None) else None)
         edit.set_attribute(gm, layer.weight, fitted)
         if bias is None:
             return
-        if isinstance(old, Node):
+        if old is not None:
             own = edit.attribute(gm, old).detach()
             edit.set_attribute(gm, old, (own.double() + bias).to(own.dtype))
         else:
@@ -191,4 +190,5 @@ class Prune(Pass):
 
 
 def _lost(score: Tensor, count: int) -> float:
+    """The sum of what is dropped."""
     return float(score.double().sort().values[: len(score) - count].sum())

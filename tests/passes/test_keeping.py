@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ir.channels import ChannelGroup, Map
-from passes.keeping import dropped_share, free, greatest, uniform
+from passes.keeping import dropped_share, free, greatest, most, uniform
 from passes.prunable import HEADS, MLP, Units
 
 
@@ -52,6 +52,12 @@ def test_free_keeps_multiples_of_channels_and_whole_heads():
     heads, *channels = free(groups, drawn([4, 96, 96]), 0.3, 8)
     assert 1 <= heads <= 4
     assert all(count % 8 == 0 for count in channels)
+
+
+def test_what_cannot_go_stays():
+    groups = [units(4, HEADS, 40), units(16)]
+    assert free(groups, drawn([4, 16]), 0.99, 8) == uniform(groups, 0.99, 8) == [1, 8]
+    assert most(groups, 8) == dropped_share(groups, [1, 8]) == pytest.approx(200 / 320)
 
 
 def test_of_equal_units_the_first_stay():

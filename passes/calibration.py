@@ -49,6 +49,21 @@ def take_rows(batch: Sequence[Tensor], rows: Any) -> list[Tensor]:
     return [value[rows] if value.ndim and len(value) == size else value for value in batch]
 
 
+def without_past(signature: Signature, batch: Sequence[Tensor]) -> list[Tensor]:
+    """A flat batch for another graph of the same inputs: caches, if they are empty, in the heads that it keeps.
+
+    Raises:
+        DataError: a cache with tokens, in heads that the graph does not keep.
+    """
+    made = []
+    for port, value in zip(signature.inputs, batch, strict=True):
+        shape = [have if size is None else size for size, have in zip(port.shape, value.shape, strict=True)]
+        if tuple(shape) != tuple(value.shape) and value.numel():
+            raise DataError(f"input {port.name!r} has shape {list(value.shape)}, expected {shape}", remedy="calibrate without a cache")
+        made.append(value if tuple(shape) == tuple(value.shape) else value.new_zeros(shape))
+    return made
+
+
 def _flat(signature: Signature, batch: Any) -> list[Tensor]:
     if isinstance(batch, Mapping):
         bound = signature.bind(**batch)

@@ -32,6 +32,7 @@ class Inputs:
         gram: `X̂ᵀX̂ / tokens [K, K]`, `X̂` from the graph as it is now.
         cross: `XᵀX̂ / tokens [K, K]`, `X` from the graph as it was, without rounded activations; None if not asked for.
         grams: `Σ_t w_tg x̂_t x̂_tᵀ / tokens [groups, K, K]` of the readers whose tokens have weights.
+        mean: of `X̂` over tokens `[K]`.
         noise: `E[Δx Δxᵀ] [K, K]`, `Δx` what rounding the inputs leaves, by the encodings that were asked for.
     """
 
@@ -39,6 +40,7 @@ class Inputs:
     gram: Tensor
     cross: Tensor | None
     grams: dict[Node, Tensor]
+    mean: Tensor
     noise: dict[Encoding, Tensor] = field(default_factory=dict)
 
 
@@ -101,11 +103,12 @@ class Prefix:
         layers = [self.pending[node] for node in block.nodes if node in self.pending and node.args[0] is source]
         wanted = {layer.node: self.weights[layer.node] for layer in layers if layer.node in self.weights}
         grams = {node: torch.zeros(weights[0].shape[1], size, size) for node, weights in wanted.items()}
-        gram, cross = torch.zeros(size, size), torch.zeros(size, size) if self.was else None
+        gram, cross, total = torch.zeros(size, size), torch.zeros(size, size) if self.was else None, torch.zeros(size)
         count = 0
         for index, batch in enumerate(self.ctx.calibration):
             x = self.now.values(block, index, batch, [source])[source].flatten(0, -2).float()
             gram.addmm_(x.T, x)
+            total += x.sum(0)
             count += len(x)
             for node, weights in wanted.items():
                 for of_group, w in zip(grams[node], weights[index].T, strict=True):
@@ -114,9 +117,8 @@ class Prefix:
                 exact = self.twin[_unrounded(source)]
                 cross.addmm_(self.was.values(self._twin(block), index, batch, [exact])[exact].flatten(0, -2).float().T, x)
         n = max(count, 1)
-        return Inputs(
-            layers, _finite(gram, source) / n, None if cross is None else cross / n, {node: found / n for node, found in grams.items()}
-        )
+        of_groups = {node: found / n for node, found in grams.items()}
+        return Inputs(layers, _finite(gram, source) / n, None if cross is None else cross / n, of_groups, total / n)
 
     def _advance(self, block: Block) -> None:
         """Let both streams enter the next block."""
@@ -160,6 +162,7 @@ def still_inputs(
             if node in pending:
                 readers.setdefault(pending[node].site("input").operand, []).append(pending[node])
         grams = {source: torch.zeros(2 * (edit.value(source).shape[-1],)) for source in readers}
+        totals = {source: torch.zeros(edit.value(source).shape[-1]) for source in readers}
         noise = {source: {encoding: torch.zeros_like(grams[source]) for encoding in roundings.get(source, ())} for source in readers}
         leaving = () if block is cut[-1] else block.exit
         count = 0
@@ -168,6 +171,7 @@ def still_inputs(
             for source, gram in grams.items():
                 x = values[source].flatten(0, -2).float()
                 gram.addmm_(x.T, x)
+                totals[source] += x.sum(0)
                 for encoding, errors in noise[source].items():
                     e = x - numerics.fake_quantize(values[source], encoding).flatten(0, -2).float()
                     errors.addmm_(e.T, e)
@@ -176,7 +180,7 @@ def still_inputs(
         n = max(count, 1)
         for source, layers in readers.items():
             errors_of = {encoding: errors / n for encoding, errors in noise[source].items()}
-            yield Inputs(layers, _finite(grams[source], source) / n, None, {}, errors_of)
+            yield Inputs(layers, _finite(grams[source], source) / n, None, {}, totals[source] / n, errors_of)
 
 
 def _finite(gram: Tensor, source: Node) -> Tensor:

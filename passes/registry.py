@@ -27,6 +27,7 @@ MODULES = (
     "learn",
     "sample_text",
     "observe",
+    "prune",
     "annotate",
     "split_channels",
     "learn_masks",

@@ -10,7 +10,9 @@ from torch.fx import GraphModule
 
 from ir import evaluate
 from ir.errors import DataError, OptionError
+from ir.signature import Signature
 from passes.base import Context, Effect, Pass
+from passes.calibration import without_past
 from passes.descent import descend, shuffled, some_rows, split
 from passes.divergence import of_outputs, own_outputs
 from passes.trained import TrainedGain, TrainedWeight, norms, stored_linears, straight_through
@@ -72,6 +74,7 @@ class Tune(Pass):
         """Train; returns the number of tensors that were, at least in part."""
         original = ctx.original
         assert original is not None
+        signature: Signature = original.meta["signature"]
         users = stored_linears(gm)
         weights = {node: TrainedWeight(gm, node, zero_points="zero_points" in self.parts) for node in users}
         gains = [TrainedGain(gm, node) for node in norms(gm)] if "gains" in self.parts else []
@@ -82,7 +85,7 @@ class Tune(Pass):
         teacher = evaluate.calls_for(original, exact)
 
         def loss(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-            found = evaluate.evaluate(original, teacher, evaluate.bind(original, rows), list(exact))
+            found = evaluate.evaluate(original, teacher, evaluate.bind(original, without_past(signature, rows)), list(exact))
             target = dict(zip(outputs, found.values(), strict=True))
             given = evaluate.bind(gm, rows) | dict.fromkeys(weights)
             return of_outputs(

@@ -36,7 +36,7 @@ def genai_config(config: Any, signature: Signature, entries: Mapping[str, str], 
                 "filename": filename,
                 "head_size": width,
                 "hidden_size": text.hidden_size,
-                "num_attention_heads": text.num_attention_heads,
+                "num_attention_heads": text.num_attention_heads * heads // _cached_heads(text),  # a pruned model's are fewer
                 "num_hidden_layers": signature.layers,
                 "num_key_value_heads": heads,
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **entries},
@@ -46,6 +46,11 @@ def genai_config(config: Any, signature: Signature, entries: Mapping[str, str], 
         },
         "search": _search(context),
     }
+
+
+def _cached_heads(text: Any) -> int:
+    """Heads of keys and values that the configuration states."""
+    return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
 
 
 def _first(tokens: Any) -> Any:

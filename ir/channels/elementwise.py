@@ -20,10 +20,13 @@ def total(flow: Flow, node: Node) -> Labels | None:
     if a is not None and b is not None:
         return _joined(flow, a, b, shape)
     x, other = (flow.spread(a, shape), "other") if a is not None else (flow.spread(b, shape), "self")  # type: ignore[arg-type]
+    varying = shared_axes(operand(node, other), x)
     if _is_vector(flow, node, other, x):
         flow.limit(x, -1)
         flow.use(node, other, -1, flow.meet(x, -1), writes=True)
-    elif flow.kind not in ELEMENTWISE or shared_axes(operand(node, other), x):
+    elif flow.kind is Map.SELECT:
+        flow.whole(x, varying, f"{where(node)} adds what was not followed")
+    elif flow.kind not in ELEMENTWISE or varying:
         flow.bar(x, f"{where(node)} adds what was not followed")
     flow.limit(x)
     return x
@@ -49,7 +52,8 @@ def product(flow: Flow, node: Node) -> Labels | None:
         return _scaled(flow, node, a, "other") if a is not None else _scaled(flow, node, b, "self")  # type: ignore[arg-type]
     if node.args[0] is not node.args[1]:
         for x, y, other in ((a, b, "other"), (b, a, "self")):
-            if y.shape[-1:] in {(), (1,)} and x.shape[-1] > 1 and not (divides and other == "self"):
+            of_rows = y.shape[-1:] in {(), (1,)} and x.shape[-1] > 1 and not (divides and other == "self")
+            if of_rows and (flow.kind is not Map.SELECT or y.numel() == 1):
                 flow.bar(y, f"{where(node)} scales rows of channels by it")
                 return _scaled(flow, node, x, other)
     if flow.kind in ELEMENTWISE:
@@ -75,16 +79,22 @@ def _scaled(flow: Flow, node: Node, labels: Labels, other: str) -> Labels:
         return x
     if flow.kind in ELEMENTWISE and _is_vector(flow, node, other, x):
         flow.use(node, other, -1, flow.meet(x, -1), writes=True)
-    elif -1 in varying or flow.kind is Map.SELECT:
+    elif flow.kind is Map.SELECT:
+        flow.whole(x, varying, f"{where(node)} scales its channels")
+    elif -1 in varying:
         flow.bar(x, f"{where(node)} scales its channels")
     return x
 
 
 def _is_vector(flow: Flow, node: Node, name: str, x: Labels) -> bool:
-    """Whether an operand is a stored tensor with one entry, or row of entries, for each channel of `x`'s last axis."""
+    """Whether an operand is a stored tensor with one entry, or row of entries, for each channel of `x`'s last axis.
+
+    What all heads share keeps its entries when some of them are dropped.
+    """
     view = flow.view(node, name)
     return (
         view is not None
+        and not (flow.kind is Map.SELECT and x.numel() > x.shape[-1])
         and bool(view.axes)
         and view.axes[-1] is not None
         and label_shape(edit.value(operand(node, name)))[-1] == x.shape[-1] > 1
@@ -115,12 +125,22 @@ def _cast(flow: Flow, node: Node) -> Labels | None:
     return x
 
 
+def softmax(flow: Flow, node: Node) -> Labels | None:
+    """Over other axes than those of the channels that are dropped."""
+    x = flow.read(node, "self")
+    if x is None or flow.kind is not Map.SELECT:
+        return flow.refuse(node, f"no rule says what {where(node)} does to channels")
+    flow.whole(x, [operand(node, "dim")], f"{where(node)} runs over all its channels")
+    return x
+
+
 _linear = unary(Map, "")
 
 ROWS: dict[Any, Rule] = {
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor), total),
     **dict.fromkeys((aten.mul.Tensor, aten.div.Tensor), product),
     aten.to.dtype: _cast,
+    aten.softmax.int: softmax,
     **dict.fromkeys((aten.neg.default, aten.clone.default, aten.mul.Scalar, aten.div.Scalar), _linear),
     **dict.fromkeys((aten.relu.default, aten.leaky_relu.default, aten.abs.default), unary(HOMOGENEOUS, "is not linear")),
     **dict.fromkeys(

@@ -9,7 +9,7 @@ Every atom `2a` has a dual `2a + 1`, which stands for the inverse (transposed) m
 duals. No atom appears twice in a value where maps mix channels: what is repeated gets atoms of its own, tied to the first.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -26,8 +26,8 @@ from ir.match import operand, operands
 class Map(Enum):
     """What may be done to the channels of a group without a change of the function.
 
-    PERMUTE reorders them, SELECT drops some, SCALE multiplies each by a positive number, ROTATE mixes them by an orthogonal matrix, LINEAR
-    by any invertible one. CENTER subtracts their mean.
+    PERMUTE reorders them, SELECT drops some (where a value has an axis of heads, whole heads), SCALE multiplies each by a positive number,
+    ROTATE mixes them by an orthogonal matrix, LINEAR by any invertible one. CENTER subtracts their mean.
     """
 
     SELECT = "select"
@@ -109,7 +109,7 @@ class Flow:
         """The labels of all operands that have some, by name."""
         given_by_name = operands(node) or {"operand": node.all_input_nodes}
         found = {name: [self.labels[read] for read in nodes_of(given) if read in self.labels] for name, given in given_by_name.items()}
-        return {name: [one for each in labels for one in _flat(each)] for name, labels in found.items() if labels}
+        return {name: [one for each in labels for one in flat(each)] for name, labels in found.items() if labels}
 
     # What rules say about atoms.
 
@@ -176,6 +176,16 @@ class Flow:
             self.tie(labels, first)
         return first
 
+    def whole(self, labels: Labels, axes: Iterable[int], reason: str) -> None:
+        """Channels along these axes are kept or dropped together; where there are no others, none is dropped."""
+        first = labels
+        for axis in axes if labels.numel() else ():
+            first = first.narrow(axis, 0, 1)
+        if first.numel() == 1 < labels.numel():
+            self.bar(labels, reason)
+        elif first.shape != labels.shape:
+            self.tie(labels, first)
+
     def distinct(self, labels: Labels) -> Labels:
         """Labels without an atom twice."""
         if self.kind not in MIXING or torch.unique(labels).numel() == labels.numel() or self.is_fixed(labels):
@@ -227,7 +237,8 @@ def nodes_of(given: object) -> list[Node]:
     return [given] if isinstance(given, Node) else []
 
 
-def _flat(labels: Any) -> list[Labels]:
+def flat(labels: Any) -> list[Labels]:
+    """The labels of all results of a node that have some."""
     return [one for one in (labels if isinstance(labels, tuple) else (labels,)) if one is not None]
 
 

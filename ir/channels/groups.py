@@ -1,6 +1,7 @@
 """`ChannelGroup`: all axes of stored tensors that see one space of channels, and whether a kind of map may be applied to it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Node
@@ -42,6 +43,8 @@ class ChannelGroup:
         blocks, block: channels mix within a block only; channel `c` is number `c % block` of block `c // block`.
         members: every axis that a map has to be applied to.
         reason: why no map but the identity is allowed; empty if one is.
+        values: of a selection: where the channels lie in the values of nodes: for each result of a node int64 in its label shape, the
+            group's channel of each element, −1 where there is none. Empty for other maps, and if none is allowed.
     """
 
     kind: Map
@@ -49,6 +52,7 @@ class ChannelGroup:
     block: int
     members: tuple[Member, ...]
     reason: str = ""
+    values: Mapping[Node, tuple[torch.Tensor, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def size(self) -> int:

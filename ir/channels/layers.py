@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from ir import edit
 from ir.channels.flow import Flow, Labels, Map, Rule, where
-from ir.channels.shapes import label_shape
+from ir.channels.shapes import label_shape, shared_axes
 from ir.match import aten, operand, operands
 
 # Layers.
@@ -87,6 +87,9 @@ def norm(flow: Flow, node: Node) -> Labels | None:
         for name in _vectors(node):
             _vector(flow, node, name, flow.meet(x, -1))
         return x
+    if flow.kind is Map.SELECT and x.numel() > x.shape[-1]:  # a norm of each head
+        flow.whole(x, [-1], f"the norm {place} runs over all its channels")
+        return x
     reason = _obstacle(flow.kind, node)
     return flow.refuse(node, f"the norm {place} {reason}") if reason else x
 
@@ -133,7 +136,9 @@ def attention(flow: Flow, node: Node) -> Labels | None:
     if operand(node, "enable_gqa"):
         heads = label_shape(edit.value(node))[-3]
         k, v = (None if x is None else flow.distinct(x.repeat_interleave(heads // x.shape[-3], -3)) for x in (k, v))
-    _contract(flow, node, q, k)
+    scores = _contract(flow, node, q, k)
+    if flow.kind is Map.SELECT:
+        return _attend(flow, node, scores, v, operand(node, "attn_mask"))
     return None if v is None else _mix(flow, node, v, -1)
 
 
@@ -161,8 +166,9 @@ def _multiply(flow: Flow, node: Node, left: str, right: str) -> Labels | None:
     if flow.view(node, left) is not None:
         return _weigh(flow, node, right, -2, left, reads=-1, writes=-2)
     if (a is not None and a.shape[-1] > 1) or (b is not None and b.shape[-2] > 1):
-        _contract(flow, node, a, None if b is None else b.mT)
-        return None
+        return _contract(flow, node, a, None if b is None else b.mT)
+    if flow.kind is Map.SELECT:
+        return _attend(flow, node, a, b, None)
     if a is not None and b is not None:
         return flow.refuse(node, f"{where(node)} multiplies channels by channels")
     if a is not None:
@@ -170,18 +176,36 @@ def _multiply(flow: Flow, node: Node, left: str, right: str) -> Labels | None:
     return None if b is None else _mix(flow, node, b, -1)
 
 
-def _contract(flow: Flow, node: Node, q: Labels | None, k: Labels | None) -> None:
-    """A dot product over the last axis of both, of every row of one with every row of the other."""
+def _contract(flow: Flow, node: Node, q: Labels | None, k: Labels | None) -> Labels | None:
+    """A dot product over the last axis of both, of every row of one with every row of the other.
+
+    Heads that may be dropped are those of its result too; to other maps the result is invariant.
+    """
     known = [flow.merge(x, -2) for x in (q, k) if x is not None]
     for x in known:
         flow.limit(x, -1)
-        if flow.kind in {Map.SELECT, Map.CENTER}:
+        if flow.kind is Map.CENTER:
             flow.bar(x, f"{where(node)} compares them")
+        if flow.kind is Map.SELECT:
+            flow.whole(x, [-1], f"{where(node)} compares them")
     if len(known) == 2 and known[0].shape[-1] == known[1].shape[-1] and _align(known[0], known[1]):
         flow.contract(*known)
-    else:
-        for x in known:
-            flow.bar(x, f"{where(node)} compares them with what was not followed")
+        return torch.broadcast_tensors(*known)[0].narrow(-1, 0, 1) if flow.kind is Map.SELECT else None  # type: ignore[no-untyped-call]  # torch's own
+    for x in known:
+        flow.bar(x, f"{where(node)} compares them with what was not followed")
+    return None
+
+
+def _attend(flow: Flow, node: Node, scores: Labels | None, v: Labels | None, mask: object) -> Labels | None:
+    """Heads that may be dropped: scores and values have the same."""
+    if scores is None and v is None:
+        return None
+    if scores is None or v is None or not _align(scores, v) or v.shape[-1] == 1 < scores.shape[-2]:
+        return flow.refuse(node, f"{where(node)} mixes them with what was not followed")
+    flow.whole(scores, shared_axes(mask, scores), f"{where(node)} has a mask for each head")
+    flow.whole(v, [-1], f"all heads of {where(node)} have one size")
+    flow.tie(v.narrow(-1, 0, 1), scores)
+    return flow.spread(v, label_shape(edit.value(node)))
 
 
 def _align(a: Labels, b: Labels) -> bool:
@@ -191,8 +215,6 @@ def _align(a: Labels, b: Labels) -> bool:
 def _mix(flow: Flow, node: Node, v: Labels, axis: int) -> Labels:
     """Tokens are mixed, channels are not: in each row along their axis by weights of its own."""
     flow.limit(v, axis)
-    if flow.kind is Map.SELECT:
-        flow.bar(v, f"all heads of {where(node)} have one size")
     out = flow.spread(v, label_shape(edit.value(node)))
     flow.limit(out, axis)
     return out

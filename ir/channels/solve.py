@@ -7,11 +7,13 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from torch.fx import Node
 
-from ir.channels.flow import INVERTED, MIXING, Flow, Use
+from ir.channels.flow import INVERTED, MIXING, Flow, Map, Use, flat, where
 from ir.channels.groups import ChannelGroup, Member
 
 Ids = NDArray[np.int64]
+Values = dict[Node, tuple[torch.Tensor, ...]]
 
 UNEVEN = "its channels are not read as whole blocks"
 
@@ -41,6 +43,8 @@ class _Solution:
         self.frozen = self.frozen[self.channel]
         if flow.kind in MIXING:
             self._mix()
+        if flow.kind is Map.SELECT:
+            self._hold()
 
     def _freeze(self, atoms: Ids, reason: str) -> None:
         """Freeze the channels of atoms, unless they are frozen already."""
@@ -70,6 +74,15 @@ class _Solution:
         least = np.full(self.block.max(initial=0) + 1, len(self.reasons))
         np.minimum.at(least, self.block, np.where(self.frozen == 0, len(self.reasons), self.frozen))
         self.frozen = least[self.block] % len(self.reasons)
+
+    def _hold(self) -> None:
+        """What a value keeps has a shape of its own: channels that lie along one axis only, others along it alike, or they are frozen."""
+        for node, labels in self.flow.labels.items():
+            for each in flat(labels):
+                channels = self.channel[each.numpy()]
+                if channels.size and not any(_along(channels, axis) for axis in range(channels.ndim)):
+                    self._freeze(each.numpy().ravel(), f"{where(node)} cuts them into parts of one size")
+        self.frozen = self.frozen[self.channel]
 
     def _uneven(self) -> NDArray[np.bool_]:
         """The blocks that some value does not hold as whole copies, or whose copies two values tell apart in two ways.
@@ -121,12 +134,26 @@ class _Solution:
         for use, channels in zip(uses, at, strict=True):
             for number in np.unique(group_of[channels]):
                 members[number] += self._members(use, np.where(group_of[channels] == number, place[channels], -1))
-        return [self._group(channels, tuple(found)) for channels, found in zip(parts, members, strict=True)]
+        values = self._values(group_of, place) if self.flow.kind is Map.SELECT else {}
+        return [
+            self._group(channels, tuple(found), values.get(number, {}))
+            for number, (channels, found) in enumerate(zip(parts, members, strict=True))
+        ]
 
-    def _group(self, channels: Ids, members: tuple[Member, ...]) -> ChannelGroup:
+    def _group(self, channels: Ids, members: tuple[Member, ...], values: Values) -> ChannelGroup:
         blocks = len(np.unique(self.block[channels]))
         reason = list(self.reasons)[int(self.frozen[channels[0]])]
-        return ChannelGroup(self.flow.kind, blocks, len(channels) // blocks, members, reason)
+        return ChannelGroup(self.flow.kind, blocks, len(channels) // blocks, members, reason, {} if reason else values)
+
+    def _values(self, group_of: Ids, place: Ids) -> dict[int, Values]:
+        """Where the channels of each group lie in values."""
+        found: dict[int, Values] = {}
+        for node, labels in self.flow.labels.items():
+            at = [self.channel[each.numpy()] for each in flat(labels)]
+            for number in np.unique(group_of[_joined([channels.ravel() for channels in at])]):
+                own = tuple(torch.from_numpy(np.where(group_of[channels] == number, place[channels], -1)) for channels in at)
+                found.setdefault(int(number), {})[node] = own
+        return found
 
     def _members(self, use: Use, channels: Ids) -> Iterator[Member]:
         atoms = use.atoms.numpy()
@@ -136,6 +163,12 @@ class _Solution:
             if (own >= 0).any():
                 power = 1 if self.flow.kind not in INVERTED or use.writes != flipped else -1
                 yield Member(use.node, use.axis, torch.from_numpy(own), power, use.writes)
+
+
+def _along(channels: Ids, axis: int) -> bool:
+    """Whether channels are told apart by their place along an axis only."""
+    first = channels[tuple(slice(None) if at == axis else slice(1) for at in range(channels.ndim))]
+    return bool((channels == first).all())
 
 
 def _joined(arrays: list[Ids]) -> Ids:

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from ir import edit
 from ir.channels.flow import MIXING, Flow, Labels, Map, Rule, where
-from ir.channels.shapes import in_order, label_shape, shared_axes
+from ir.channels.shapes import fixed_factor, in_order, label_shape, shared_axes
 from ir.match import aten, operand, operands
 
 TRANSPOSES = (aten.t.default, aten.mT.default, aten.numpy_T.default)  # of the last two axes, or the only two
@@ -22,8 +22,8 @@ def reshape(flow: Flow, node: Node) -> Labels | None:
     shape = label_shape(edit.value(node))
     if labels.numel() != prod(shape) or not in_order(source.shape, edit.value(node).shape):
         return flow.refuse(node, f"{where(node)} was not followed")
-    if flow.kind is Map.SELECT and [n for n in labels.shape if n > 1] != [n for n in shape if n > 1]:
-        return flow.refuse(node, f"{where(node)} cuts them into parts of one size")
+    if flow.kind is Map.SELECT and any(fixed_factor(n) > 1 for n in (*source.shape, *edit.value(node).shape) if not isinstance(n, int)):
+        return flow.refuse(node, f"{where(node)} computes a size from their number")
     return labels.reshape(shape)
 
 
@@ -62,8 +62,8 @@ def cut(flow: Flow, node: Node) -> Any:
     if isinstance(source.shape[axis], int):
         if any(read is not node.args[0] for read in node.all_input_nodes):
             return flow.refuse(node, f"{where(node)} cuts at places that vary")
-        if flow.kind is Map.SELECT and node.target in {aten.select.int, aten.unbind.int}:
-            return flow.refuse(node, f"{where(node)} picks one of them")
+        if flow.kind is Map.SELECT and (node.target in {aten.select.int, aten.unbind.int} or operands(node).get("step", 1) != 1):
+            flow.whole(labels, [axis], f"{where(node)} picks some of them")
         return node.target(labels, *node.args[1:], **node.kwargs)  # type: ignore[operator]
     tokens = flow.merge(labels, axis)
     if node.target in {aten.select.int, aten.unbind.int}:
@@ -132,7 +132,7 @@ def reduced(flow: Flow, node: Node) -> Labels | None:
     if labels.shape[-1] > 1 and labels.ndim - 1 in axes:
         return flow.refuse(node, f"{where(node)} adds up its channels")
     if flow.kind is Map.SELECT:
-        return flow.refuse(node, f"{where(node)} adds up some of them")
+        flow.whole(labels, axes, f"{where(node)} adds up some of them")
     for axis in axes:
         labels = flow.merge(labels, axis)
     for axis in [] if operand(node, "keepdim") else reversed(axes):

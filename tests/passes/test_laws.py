@@ -40,6 +40,8 @@ BEFORE = {
 }
 # Options to test beside the defaults, with what has to run before where that differs.
 OPTIONS = [
+    ("prune(share=0.5, multiple=1, criterion='magnitude', uniform=False, compensate=False)", ""),
+    ("prune(share=0.3, multiple=4, what=['mlp'], criterion='wanda', bias=True)", "untie, fold_norm"),
     ("annotate(scheme='W4A16', group=32, symmetric=False, head=True, embeddings=True)", ""),
     ("annotate(dynamic=False, ignore=('re:.*\\\\.0\\\\..*',))", ""),
     ("observe(gram=True)", ""),
@@ -68,6 +70,7 @@ SHORT = {
     "learn_rounding": "learn_rounding(steps=3)",
     "learn_masks": "learn_masks(steps=2, rows=1)",
     "tune": "tune(steps=3)",
+    "prune": "prune(share=0.2, multiple=2)",
 }  # instead of the defaults, to be quick
 CASES = [(SHORT.get(name, name), BEFORE.get(name, "")) for name in registry.passes()] + OPTIONS
 

@@ -31,7 +31,9 @@ SCALE, ROTATE, LINEAR, PERMUTE, SELECT = Map.SCALE, Map.ROTATE, Map.LINEAR, Map.
         ("masked by channel", PERMUTE, "tells its channels apart"),
         ("masked by a number", SCALE, "puts other numbers in their place"),
         ("summed heads", ROTATE, "1 x 4"),
-        ("summed heads", SELECT, "parts of one size"),
+        ("summed heads", SELECT, "4 x 1"),  # the same element of all heads
+        ("scrambled", SELECT, "was not followed"),
+        ("heads folded into the batch", SELECT, "computes a size"),
         ("summed tokens", LINEAR, "1 x 16"),
         ("summed channels", SCALE, "adds up its channels"),
         ("last token", LINEAR, "1 x 16"),

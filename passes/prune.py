@@ -1,0 +1,194 @@
+"""`prune`: drop units of channels for good, MLP channels and heads, and let what reads them make up for it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ir import edit
+from ir.errors import CoverageError, DataError, OptionError
+from ir.match import operand
+from ir.refit import refit
+from ir.selection import select, stays
+from ir.sites import Layer, check_patterns, layers
+from passes import keeping
+from passes.base import Context, Effect, Pass
+from passes.prefix import Prefix
+from passes.prunable import KINDS, Units, found_units
+from passes.unit_scores import CRITERIA
+
+CLOSE = 0.01  # how far the share of weights that goes may be from what was asked for
+
+
+@dataclass(frozen=True)
+class Prune(Pass):
+    """Drop channels of MLPs, and heads of keys and values with their queries.
+
+    Before::
+
+        %2 = aten.linear(%1, %gate): [.., 704]; %3 = aten.linear(%1, %up): [.., 704]; ... %9 = aten.linear(%8, %down): [.., 256]
+
+    After::
+
+        %2 = aten.linear(%1, %gate): [.., 560]; %3 = aten.linear(%1, %up): [.., 560]; ... %9 = aten.linear(%8, %down): [.., 256]
+
+    Law: without refitting, the result is the model with the columns made zero that read what was dropped. Channels go from every tensor
+    that makes or reads them, numbers in calls and all shapes follow, and the cache shrinks with its heads.
+
+    The linears that read what is left are refitted, one after the other, on inputs from the already pruned prefix:
+    `W' = W_K + W_D G_DK (G_KK + λI)⁻¹`, `G = E[xxᵀ]`, K the columns that stay, D those that go.
+
+    | criterion | drops units with the least | arXiv |
+    |---|---|---|
+    | magnitude | norm of the rows that make them, times that of the columns that read them | |
+    | wanda | `(Σ_j ‖W_:j‖² E[x_j²])^½` | 2306.11695 |
+    | taylor | `E|g·x|`, `g` the gradient at what is read | 1611.06440 |
+    | fisher | `½ E[(g·x)²]`, nats a token | 1801.05787 |
+
+    Limits: 1. weights are neither annotated nor quantized yet; 2. the residual stream and whole blocks stay; 3. query heads go with their
+    keys and values only. Linears without units that can be dropped are noted, with the reason.
+
+    Args:
+        share: of the weights of all units, to drop; it is met to 1 %.
+        what: "mlp", "heads".
+        multiple: MLP channels that stay are so many, or a multiple.
+        uniform: the same share in every layer, so that the result is a model of the same architecture; else each layer's own, where the
+            least is lost over all (scores of magnitude and wanda count as shares of their group's sum).
+        criterion: of the table.
+        compensate: refit what reads.
+        bias: let linears without one get a bias, which makes up for the mean of what is dropped; those that have one always use it.
+        ignore: layers whose units stay: class names, paths, last components of paths, or `re:` and a regular expression.
+        damping: λ, as a share of the mean of diag(G).
+        tokens: that gradients are taken from.
+        seed: of what is drawn for them.
+
+    Raises:
+        DataError: no calibration data, unless the criterion is magnitude and nothing is refitted.
+        OptionError: options that there are not; layers that are annotated or quantized already.
+        CoverageError: the share cannot be met; with `allow_partial` the nearest one is taken.
+    """
+
+    share: float = 0.25
+    what: tuple[str, ...] = KINDS
+    multiple: int = 8
+    uniform: bool = True
+    criterion: str = "fisher"
+    compensate: bool = True
+    bias: bool = False
+    ignore: tuple[str, ...] = ()
+    damping: float = 0.01
+    tokens: int = 8192
+    seed: int = 0
+    effect: ClassVar[Effect] = Effect.CHANGE
+
+    def __post_init__(self) -> None:
+        self.take_names("what", KINDS)
+        object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
+        if self.criterion not in CRITERIA:
+            raise OptionError(
+                f"there is no criterion {self.criterion!r}", where="prune(criterion=...)", remedy=f"there are {list(CRITERIA)}"
+            )
+        if not 0 <= self.share < 1 or self.multiple < 1 or self.damping < 0 or self.tokens < 1:
+            raise OptionError("a share lies from 0 to below 1, multiple and tokens are at least 1, damping at least 0", where=str(self))
+
+    def needs(self, ctx: Context) -> None:
+        """Calibration data, for scores or for refitting."""
+        if self.share and not ctx.calibration and (self.compensate or CRITERIA[self.criterion].calibrated):
+            raise DataError(
+                "prune needs calibration data",
+                remedy="pass calibration=[{'input_ids': ids}, ...], or criterion='magnitude' and compensate=False",
+            )
+
+    def requires(self, gm: GraphModule, ctx: Context) -> None:
+        """Weights as the model had them, and patterns that match."""
+        found = layers(gm)
+        check_patterns(self.ignore, found, "prune(ignore=...)")
+        for layer in found:
+            if layer.weight.op != "get_attr" or any(layer.site(name).encoding for name in ("weight", *["input"][: layer.kind == "Linear"])):
+                raise OptionError("the layer is annotated or quantized already", where=layer.path, remedy="put prune before annotate")
+
+    def run(self, gm: GraphModule, ctx: Context) -> int:
+        """Choose over all layers, refit block after block, then drop; returns the number of groups that lost units."""
+        if not self.share:
+            return 0
+        units, left = found_units(gm, self.what, self.ignore)
+        self._tell_left(gm, ctx, left)
+        # What cannot be met is refused before long work.
+        counts = keeping.uniform(units, self.share, self.multiple)
+        self._check(keeping.dropped_share(units, counts) if self.uniform else min(keeping.most(units, self.multiple), self.share), ctx)
+        criterion = CRITERIA[self.criterion]
+        scores = criterion.scores(gm, ctx, units, self.tokens, self.seed) if units else []
+        if not self.uniform:
+            relative = scores if criterion.absolute else [score / score.sum().clamp_min(1e-30) for score in scores]
+            counts = keeping.free(units, relative, self.share, self.multiple)
+        chosen = [(own, keeping.greatest(score, count)) for own, score, count in zip(units, scores, counts, strict=True)]
+        picked = [(own, channels) for own, channels in chosen if len(channels) < own.size]
+        if self.compensate and picked:
+            self._refit(gm, ctx, picked)
+        ctx.rebind(select(gm, [(own.group, channels) for own, channels in picked]))
+        self._tell(ctx, units, scores, counts)
+        return len(picked)
+
+    def _check(self, reached: float, ctx: Context) -> None:
+        """Refuse a share that cannot be met.
+
+        Raises:
+            CoverageError: the nearest one is too far from it, and nothing may be left.
+        """
+        if abs(reached - self.share) > CLOSE and not ctx.allow_partial:
+            raise CoverageError(
+                f"{self.share:.1%} of the units' weights cannot be dropped: the nearest is {reached:.1%}",
+                where="; ".join(note for note in ctx.notes if note.startswith("prune:")) or str(self),
+                remedy=f"share={reached:.3f}, a smaller multiple, uniform=False, or allow_partial=True to take the nearest",
+            )
+
+    def _tell(self, ctx: Context, units: Sequence[Units], scores: Sequence[Tensor], counts: keeping.Kept) -> None:
+        """What went, in a note and a table."""
+        reached = keeping.dropped_share(units, counts)
+        ctx.notes.append(f"prune: {reached:.2%} of the weights of {len(units)} groups of units are dropped")
+        ctx.tables["pruned"] = [
+            {"layer": own.path, "units": own.what, "kept": count, "of": own.size, self.criterion: _lost(score, count)}
+            for own, score, count in zip(units, scores, counts, strict=True)
+        ]
+
+    def _tell_left(self, gm: GraphModule, ctx: Context, left: dict[str, list[Layer]]) -> None:
+        tensors = {node: edit.attribute(gm, node).nbytes for node in gm.graph.find_nodes(op="get_attr")}
+        for reason, found in left.items():
+            share = sum(tensors[layer.weight] for layer in found) / max(sum(tensors.values()), 1)
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            ctx.notes.append(f"prune: left out {found[0].path}{more}, {share:.1%} of the weight bytes: {reason}")
+
+    def _refit(self, gm: GraphModule, ctx: Context, picked: Sequence[tuple[Units, Tensor]]) -> None:
+        """Refit what reads, in the order that it runs; columns that read what is dropped become zero."""
+        keeps: dict[Node, Tensor] = {}
+        pending: dict[Node, Layer] = {}
+        for own, channels in picked:
+            for layer, member in own.readers:
+                keep = stays(own.group, channels, member.channels)
+                keeps[layer.node] = keeps[layer.node] & keep if layer.node in keeps else keep
+                pending[layer.node] = layer
+        for inputs in Prefix(gm, ctx, pending).inputs("refit"):
+            for layer in inputs.layers:
+                self._refit_one(gm, layer, inputs.gram, inputs.mean, keeps[layer.node])
+
+    def _refit_one(self, gm: GraphModule, layer: Layer, gram: Tensor, mean: Tensor, keep: Tensor) -> None:
+        old = operand(layer.node, "bias")
+        W = edit.attribute(gm, layer.weight).detach()
+        own_bias = isinstance(old, Node) and old.op == "get_attr" and len(old.users) == 1
+        fitted, bias = refit(W, gram, keep, self.damping, mean if own_bias or (self.bias and old is None) else None)
+        edit.set_attribute(gm, layer.weight, fitted)
+        if bias is None:
+            return
+        if old is not None:
+            own = edit.attribute(gm, old).detach()
+            edit.set_attribute(gm, old, (own.double() + bias).to(own.dtype))
+        else:
+            name = f"{str(layer.weight.target).rpartition('.')[0]}.bias"
+            edit.set_operand(layer.node, "bias", edit.add_attribute(gm, name, bias.to(W.dtype), before=layer.node))
+
+
+def _lost(score: Tensor, count: int) -> float:
+    """The sum of what is dropped."""
+    return float(score.double().sort().values[: len(score) - count].sum())

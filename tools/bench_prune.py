@@ -1,0 +1,124 @@
+"""Pruning on the bench model: criteria, with and without refitting, over shares of MLP channels and of heads.
+
+    python -m tools.bench_prune ../shared/bench --out tools/results/prune.md
+
+Nothing is chosen on the test texts. Shares of heads are what whole heads allow: one and two of
+the four key/value heads of every layer, each with its two query heads.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch.fx import GraphModule
+
+import passes
+from ir import edit
+from ir.sites import chosen
+from passes.unit_scores import CRITERIA
+from tools import bench_model
+
+FULL = (46.87, 44.93)
+SHARES = {"mlp": (0.2, 0.4), "heads": (0.25, 0.5)}
+WHOLE = {"mlp": "MLP channels", "heads": "heads"}
+SECTIONS = ("criteria", "free", "both")
+
+
+@cache
+def captured(folder: Path, seed: int) -> tuple[bench_model.BenchModel, GraphModule]:
+    """The bench, and its model's graph: rows share what they share."""
+    bench = bench_model.load(folder, seed)
+    graph = passes.compile(bench.model, "canonicalize").graph
+    assert graph is not None
+    return bench, graph
+
+
+def row(folder: Path, seed: int, pipeline: str) -> tuple[float, float, float]:
+    """The share of the linears' weights that is gone, and both perplexities."""
+    bench, graph = captured(folder, seed)
+    made = passes.compile(graph, pipeline, bench.calibration)
+    assert made.graph is not None
+    before, after = (sum(edit.value(layer.weight).numel() for layer in chosen(gm)) for gm in (graph, made.graph))
+    wiki, news = bench.perplexities(made)
+    return 1 - after / before, wiki, news
+
+
+def cells(found: tuple[float, float, float]) -> str:
+    gone, wiki, news = found
+    excess = " / ".join(f"{math.log(mine / whole):.3f}" for mine, whole in zip((wiki, news), FULL, strict=True))
+    return f"{gone:.1%} | {wiki:.2f} | {news:.2f} | {excess}"
+
+
+def line(folder: Path, seed: int, name: str, pipeline: str) -> str:
+    text = f"| {name} | {cells(row(folder, seed, pipeline))} |"
+    print(text, flush=True)
+    return text
+
+
+HEAD = "| {} | linears' weights gone | WikiText-2 | news | excess, nats |\n|---|---|---|---|---|"
+
+
+def criteria(folder: Path, seed: int, what: str) -> list[str]:
+    """Every criterion at every share, as it is and refitted."""
+    lines = [HEAD.format(f"{WHOLE[what]}, criterion")]
+    for share in SHARES[what]:
+        for criterion in CRITERIA:
+            for compensate in (False, True):
+                options = f"share={share}, what=['{what}'], criterion='{criterion}', compensate={compensate}"
+                lines.append(line(folder, seed, f"{share:.0%}, {criterion}{', refitted' * compensate}", f"prune({options})"))
+    return lines
+
+
+def free(folder: Path, seed: int) -> list[str]:
+    """Every layer its own width, against the same width in all."""
+    lines = [HEAD.format("fisher, refitted")]
+    for share in (0.2, 0.4):
+        for uniform in (True, False):
+            name = f"{share:.0%} of the MLP channels, {'the same width in all layers' if uniform else 'each layer its own'}"
+            lines.append(line(folder, seed, name, f"prune(share={share}, what=['mlp'], uniform={uniform})"))
+    return lines
+
+
+def both(folder: Path, seed: int) -> list[str]:
+    """Heads and channels together, and with rounding behind."""
+    rounded = "annotate(scheme='W4A16', group=8, symmetric=False), round_weights"
+    pipelines = {
+        "20 %, uniform": "prune(share=0.2)",
+        "20 %, free": "prune(share=0.2, uniform=False)",
+        "20 %, free, with biases": "prune(share=0.2, uniform=False, bias=True)",
+        "20 %, free, then 4 bits in groups of 8 by GPTQ": f"prune(share=0.2, uniform=False), {rounded}",
+    }
+    return [HEAD.format("heads and channels")] + [line(folder, seed, name, text) for name, text in pipelines.items()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bench", type=Path)
+    parser.add_argument("--sections", nargs="*", choices=SECTIONS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    folder: Path = options.bench
+    torch.set_num_threads(1)
+    sections: dict[str, list[tuple[str, Callable[[], list[str]]]]] = {
+        "criteria": [(f"Criteria, {WHOLE[what]}", lambda what=what: criteria(folder, options.seed, what)) for what in SHARES],  # type: ignore[misc]
+        "free": [("Widths", lambda: free(folder, options.seed))],
+        "both": [("Heads and channels", lambda: both(folder, options.seed))],
+    }
+    text = [
+        f"# Pruning\n\n`python -m tools.bench_prune {folder}`, calibration seed {options.seed}, one thread, beside other work; "
+        f"full precision {FULL[0]} / {FULL[1]}.\n"
+    ]
+    for key in options.sections or SECTIONS:
+        for title, run in sections[key]:
+            text += [f"## {title}\n", *run(), ""]
+            if options.out:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text("\n".join(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from ir.capture import capture
 from ir.errors import DataError
-from passes.calibration import flat_batches, token_windows
+from passes.calibration import flat_batches, token_windows, without_past
 from tests.families import load
 from tests.passes.samples import Mlp, tokens, vectors
 
@@ -105,3 +107,16 @@ def test_windows_are_cut_from_the_text():
 def test_a_short_text_is_refused():
     with pytest.raises(DataError, match="3 tokens, fewer than one window of 4"):
         token_windows("abc", Letters(), 4)
+
+
+def test_empty_caches_take_the_heads_of_another_graph():
+    signature = load("llama").signature
+    ports = [replace(port, shape=(None, 1, None, 16)) if port.cached else port for port in signature.inputs]
+    fewer = replace(signature, inputs=tuple(ports))
+    (batch,) = flat_batches(load("llama").captured, [IDS])
+    made = without_past(fewer, batch)
+    assert [value.shape[1] for value, port in zip(made, ports, strict=True) if port.cached] == [1] * 4
+    assert all(a is b for a, b, port in zip(made, batch, ports, strict=True) if not port.cached)
+    assert all(a is b for a, b in zip(without_past(signature, batch), batch, strict=True))
+    with pytest.raises(DataError, match="calibrate without a cache"):
+        without_past(fewer, load("llama").captured.meta["example"])

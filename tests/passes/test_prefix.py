@@ -31,6 +31,7 @@ def test_every_layer_gets_the_second_moments_of_its_input(inputs_of):
     for inputs in inputs_of(gm, ctx, pending):
         x = tapped(gm, ctx, inputs.layers[0].site("input").operand)
         torch.testing.assert_close(inputs.gram.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(inputs.mean.double(), x.mean(0), rtol=1e-4, atol=1e-5)
         assert inputs.cross is None
         seen += [layer.path.rpartition(".")[2] for layer in inputs.layers]
     assert seen == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"] * 2
@@ -58,6 +59,7 @@ def test_the_model_as_it_was_has_no_rounded_activations():
         x_hat = tapped(gm, ctx, inputs.layers[0].site("input").operand)
         x = tapped(exact, ctx, wanted[inputs.layers[0].path].site("input").operand)
         torch.testing.assert_close(inputs.gram.double(), x_hat.T @ x_hat / len(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(inputs.mean.double(), x_hat.mean(0), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(inputs.cross.double(), x.T @ x_hat / len(x), rtol=1e-4, atol=1e-4)
 
 

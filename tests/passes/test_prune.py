@@ -11,7 +11,7 @@ from passes.pipeline import Pipeline
 from passes.probe import relative_error
 from passes.prune import Prune
 from passes.unit_scores import CRITERIA
-from tests.families import FAMILIES, load
+from tests.families import load
 from tests.passes.samples import CALIBRATION, Mlp, compiled, run, same_weights, tokens, vectors
 
 STEPS = (7, 1, 1)
@@ -29,8 +29,8 @@ def kept(ctx):
     return {row["layer"]: row["kept"] for row in ctx.tables["pruned"]}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_runs_on_with_what_is_left(family):
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bert"])  # all equal their twins in test_selection
+def test_it_runs_on_with_what_is_left(family):
     gm, ctx = pruned(family, "share=0.3, multiple=2, tokens=64")
     assert all(torch.isfinite(logits).all() for logits in load(family).steps(gm, lengths=STEPS))
     assert abs(sum(row["of"] - row["kept"] for row in ctx.tables["pruned"]) / sum(row["of"] for row in ctx.tables["pruned"]) - 0.3) < 0.2
@@ -101,7 +101,7 @@ def test_a_bias_makes_up_for_the_mean():
     assert errors[1] < errors[0]
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_onnx_runs_what_is_left(family):
     pipeline = f"canonicalize, prune(share=0.35, multiple=2, {PLAIN})"
     oracle, made = (passes.compile(load(family).captured, pipeline, backend=backend) for backend in ("reference", "onnx"))

@@ -31,12 +31,17 @@ def _counts(size: int, multiple: int) -> list[int]:
     return [*range(multiple, size, multiple), size]
 
 
+def _step(own: Units, multiple: int) -> int:
+    """What counts of a group are multiples of: heads go one by one."""
+    return multiple if own.what == MLP else 1
+
+
 def free(units: Sequence[Units], scores: Sequence[Tensor], share: float, multiple: int) -> Kept:
     """Least total score of what is dropped, for at most so many weights that stay, up to half a unit: an exact knapsack."""
     total = sum(own.size * own.weights for own in units)
-    steps = [own.weights * (multiple if own.what == MLP else 1) for own in units]
+    steps = [own.weights * _step(own, multiple) for own in units]
     sites = []
-    choices = [_counts(own.size, multiple if own.what == MLP else 1) for own in units]
+    choices = [_counts(own.size, _step(own, multiple)) for own in units]
     for own, score, counts in zip(units, scores, choices, strict=True):
         lost = torch.cat([torch.zeros(1, dtype=torch.float64), score.double().sort().values.cumsum(0)])
         sites.append([knapsack.Option(float(lost[own.size - count]), count * own.weights) for count in counts])
@@ -47,7 +52,7 @@ def free(units: Sequence[Units], scores: Sequence[Tensor], share: float, multipl
 
 def most(units: Sequence[Units], multiple: int) -> float:
     """The greatest share of weights that can go."""
-    return dropped_share(units, [_counts(own.size, multiple if own.what == MLP else 1)[0] for own in units])
+    return dropped_share(units, [_counts(own.size, _step(own, multiple))[0] for own in units])
 
 
 def greatest(score: Tensor, count: int) -> Tensor:

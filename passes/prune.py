@@ -123,6 +123,7 @@ class Prune(Pass):
         if not self.uniform:
             relative = scores if criterion.absolute else [score / score.sum().clamp_min(1e-30) for score in scores]
             counts = keeping.free(units, relative, self.share, self.multiple)
+            self._check(keeping.dropped_share(units, counts), ctx)  # whole units may be coarse
         chosen = [(own, keeping.greatest(score, count)) for own, score, count in zip(units, scores, counts, strict=True)]
         picked = [(own, channels) for own, channels in chosen if len(channels) < own.size]
         if self.compensate and picked:

@@ -2,18 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ir import edit
+from ir.channels import Member
 from passes.base import Context
-from passes.calibration import tokens_in
-from passes.descent import some_rows
-from passes.gradients import backward
+from passes.gradients import take_gradients
 from passes.observation import mean_squares
 from passes.prunable import Units, source, summed
 
@@ -71,28 +68,17 @@ def fisher(gm: GraphModule, ctx: Context, units: Sequence[Units], tokens: int, s
 def _felt(gm: GraphModule, ctx: Context, units: Sequence[Units], tokens: int, seed: int, of: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """The mean over tokens of a function of `Σ_j g_j x_j`, `g` the gradient of a sampled log likelihood at what readers read."""
     sums = [torch.zeros(own.size, dtype=torch.float64) for own in units]
-    at: dict[Node, list[tuple[int, Any]]] = {}
+    at: dict[Node, list[tuple[int, Member]]] = {}
     for index, own in enumerate(units):
         for x, member in {source(layer): member for layer, member in own.readers}.items():
             at.setdefault(x, []).append((index, member))
-    generator = torch.Generator().manual_seed(seed)
-    share, seen = -(-tokens // len(ctx.calibration)), 0
 
     def add(node: Node, x: Tensor, gradient: Tensor) -> None:
-        product = (x.detach() * gradient).flatten(0, -2).double()
+        product = (x * gradient).flatten(0, -2).double()
         for index, member in at[node]:
             sums[index] += of(summed(product, member, units[index].size)).sum(0)
 
-    def watch(node: Node, value: Any) -> None:
-        if node in at:
-            if not value.requires_grad:
-                value.requires_grad_()
-            value.register_hook(partial(add, node, value))
-
-    for batch in ctx.track(ctx.calibration, "gradients"):
-        rows = some_rows(batch, -(-share * len(batch[0]) // tokens_in(batch)), generator)
-        backward(gm, rows, watch, generator)
-        seen += tokens_in(rows)
+    seen = take_gradients(gm, ctx, at, add, tokens, seed)
     return [(total / max(seen, 1)).float() for total in sums]
 
 

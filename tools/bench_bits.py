@@ -8,7 +8,6 @@ that `mixed` does; MB are the process's greatest resident size, of which imports
 """
 
 import argparse
-import math
 import multiprocessing
 import resource
 import statistics
@@ -21,8 +20,8 @@ from torch.fx import GraphModule
 import passes
 from ir import edit
 from tools import bench_model
+from tools.bench_model import FULL, excess, report
 
-FULL = (46.87, 44.93)
 # Counted bits, name, WikiText-2, news.
 PEERS = (
     (2.05, "GPTQ per channel", 52.82, 56.56),
@@ -60,8 +59,7 @@ def _measured(folder: Path, seed: int, pipeline: str) -> tuple[float, float, flo
 
 def line(folder: Path, seed: int, pipeline: str, name: str = "") -> str:
     bits, wiki, news, seconds, used = row(folder, seed, pipeline)
-    excess = " / ".join(f"{math.log(mine / whole):.4f}" for mine, whole in zip((wiki, news), FULL, strict=True))
-    text = f"| {name or f'`{pipeline}`'} | {bits:.3f} | {wiki:.2f} | {news:.2f} | {excess} | {seconds:.0f} | {used:.0f} |"
+    text = f"| {name or f'`{pipeline}`'} | {bits:.3f} | {wiki:.2f} | {news:.2f} | {excess((wiki, news))} | {seconds:.0f} | {used:.0f} |"
     print(text, flush=True)
     return text
 
@@ -74,8 +72,7 @@ def budgets(folder: Path, seed: int, options: str) -> list[str]:
         lines.append(line(folder, seed, f"mixed({mixed})"))
         for at, name, wiki, news in PEERS:
             if abs(at - bits) < 0.065:
-                excess = " / ".join(f"{math.log(mine / whole):.4f}" for mine, whole in zip((wiki, news), FULL, strict=True))
-                lines.append(f"| peer: {name} | {at} | {wiki} | {news} | {excess} | | |")
+                lines.append(f"| peer: {name} | {at} | {wiki} | {news} | {excess((wiki, news))} | | |")
     for bits, group in ((2, 64), (2, -1), (3, 64), (4, 64)):
         lines.append(line(folder, seed, UNIFORM.format(bits, group), f"our uniform GPTQ, {bits} bits, group {group}"))
     return lines
@@ -154,9 +151,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     folder: Path = options.bench
-    text = [
+    head = (
         f"# Mixed widths\n\n`python -m tools.bench_bits {folder}`, calibration seed {options.seed}, full precision {FULL[0]} / {FULL[1]}.\n"
-    ]
+    )
     sections: dict[str, tuple[str, Callable[[], list[str]]]] = {
         "budgets": ("Budgets", lambda: budgets(folder, options.seed, options.options)),
         "losses": ("Global against local, rounded by GPTQ", lambda: losses(folder, options.seed, 2.5)),
@@ -164,12 +161,7 @@ def main() -> None:
         "low": ("Channels within linears, 1.6 bits", lambda: low(folder, options.seed)),
         "seeds": ("Spread over seeds", lambda: seeds(folder, options.options)),
     }
-    for key in options.sections or SECTIONS:
-        title, run = sections[key]
-        text += [f"## {title}\n", *run(), ""]
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text("\n".join(text), encoding="utf-8")
+    report(head, sections, options.sections or SECTIONS, options.out)
 
 
 if __name__ == "__main__":

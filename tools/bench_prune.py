@@ -7,9 +7,8 @@ the four key/value heads of every layer, each with its two query heads.
 """
 
 import argparse
-import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -20,11 +19,11 @@ from ir import edit
 from ir.sites import chosen
 from passes.unit_scores import CRITERIA
 from tools import bench_model
+from tools.bench_model import FULL, excess, report
 
-FULL = (46.87, 44.93)
 SHARES = {"mlp": (0.2, 0.4), "heads": (0.25, 0.5)}
 WHOLE = {"mlp": "MLP channels", "heads": "heads"}
-SECTIONS = ("criteria", "free", "both")
+SECTIONS = ("mlp", "heads", "free", "both")
 
 
 @cache
@@ -48,8 +47,7 @@ def row(folder: Path, seed: int, pipeline: str) -> tuple[float, float, float]:
 
 def cells(found: tuple[float, float, float]) -> str:
     gone, wiki, news = found
-    excess = " / ".join(f"{math.log(mine / whole):.3f}" for mine, whole in zip((wiki, news), FULL, strict=True))
-    return f"{gone:.1%} | {wiki:.2f} | {news:.2f} | {excess}"
+    return f"{gone:.1%} | {wiki:.2f} | {news:.2f} | {excess((wiki, news), 3)}"
 
 
 def line(folder: Path, seed: int, name: str, pipeline: str) -> str:
@@ -103,21 +101,16 @@ def main() -> None:
     options = parser.parse_args()
     folder: Path = options.bench
     torch.set_num_threads(1)
-    sections: dict[str, list[tuple[str, Callable[[], list[str]]]]] = {
-        "criteria": [(f"Criteria, {WHOLE[what]}", lambda what=what: criteria(folder, options.seed, what)) for what in SHARES],  # type: ignore[misc]
-        "free": [("Widths", lambda: free(folder, options.seed))],
-        "both": [("Heads and channels", lambda: both(folder, options.seed))],
+    sections: dict[str, tuple[str, Callable[[], list[str]]]] = {
+        what: (f"Criteria, {whole}", partial(criteria, folder, options.seed, what)) for what, whole in WHOLE.items()
     }
-    text = [
+    sections["free"] = ("Widths", partial(free, folder, options.seed))
+    sections["both"] = ("Heads and channels", partial(both, folder, options.seed))
+    head = (
         f"# Pruning\n\n`python -m tools.bench_prune {folder}`, calibration seed {options.seed}, one thread, beside other work; "
         f"full precision {FULL[0]} / {FULL[1]}.\n"
-    ]
-    for key in options.sections or SECTIONS:
-        for title, run in sections[key]:
-            text += [f"## {title}\n", *run(), ""]
-            if options.out:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text("\n".join(text), encoding="utf-8")
+    )
+    report(head, sections, options.sections or SECTIONS, options.out)
 
 
 if __name__ == "__main__":

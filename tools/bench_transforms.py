@@ -6,7 +6,6 @@ Every linear but the head, weights per output channel, activations per token. No
 """
 
 import argparse
-import math
 import time
 from pathlib import Path
 
@@ -65,8 +64,7 @@ def main() -> None:
             compiled = passes.compile(bench.model, line, bench.calibration, seed=options.seed)
             seconds = time.perf_counter() - started
             found = bench.perplexities(compiled)
-            excess = " / ".join(f"{math.log(mine / whole):.4f}" for mine, whole in zip(found, full, strict=True))
-            text.append(f"| {name} | {found[0]:.2f} | {found[1]:.2f} | {excess} | {seconds:.0f} |")
+            text.append(f"| {name} | {found[0]:.2f} | {found[1]:.2f} | {bench_model.excess(found, whole=full)} | {seconds:.0f} |")
             print(scheme, text[-1], flush=True)
             if options.out:
                 options.out.parent.mkdir(parents=True, exist_ok=True)

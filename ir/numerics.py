@@ -107,31 +107,42 @@ def stored_scale(scale: Tensor, dtype: torch.dtype | None) -> Tensor:
     return scale.clamp_min(TINY) if dtype != torch.float16 else scale.clamp(TINY_HALF, 65504.0).to(dtype)
 
 
+def nearest(x: Tensor, scale: Tensor, zero_point: Tensor | None, encoding: Encoding) -> Tensor:
+    """The codes nearest to `x`, in its dtype: round half to even, then clamp. `scale` and `zero_point` are of that dtype and broadcast."""
+    if encoding.bits == 1:
+        return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
+    scaled = x / scale
+    if isinstance(encoding.format, Float):
+        storage = storage_dtype(encoding)
+        limit = torch.finfo(storage).max
+        return scaled.clamp_(-limit, limit).to(storage).to(x.dtype)
+    codes = scaled.round_()
+    if zero_point is not None:
+        codes += zero_point
+    return codes.clamp_(*code_range(encoding))
+
+
+def restored(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """The values of codes as `nearest` gives them: `(q − z) · s`."""
+    return codes * scale if zero_point is None else (codes - zero_point).mul_(scale)
+
+
 def quantize(x: Tensor, qparams: QParams, encoding: Encoding) -> Tensor:
     """Codes of `x` in `storage_dtype(encoding)`: round half to even, then clamp."""
-    dtype = compute_dtype(x.dtype)
-    shape = tuple(x.shape)
-    scaled = x.to(dtype) / expand(qparams.scale.to(dtype), encoding, shape)
-    storage = storage_dtype(encoding)
-    if isinstance(encoding.format, Float):
-        limit = torch.finfo(storage).max
-        return scaled.clamp(-limit, limit).to(storage)
-    if encoding.bits == 1:
-        return torch.where(scaled < 0, -1, 1).to(storage)
-    codes = scaled.round()
-    if qparams.zero_point is not None:
-        codes = codes + expand(qparams.zero_point.to(dtype), encoding, shape)
-    return codes.clamp(*code_range(encoding)).to(storage)
+    x = x.to(compute_dtype(x.dtype))
+    return nearest(x, *_expanded(qparams, encoding, tuple(x.shape), x.dtype), encoding).to(storage_dtype(encoding))
 
 
 def dequantize(codes: Tensor, qparams: QParams, encoding: Encoding, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values that `codes` stand for: `(q − z) · s`, in `dtype`."""
     compute = compute_dtype(dtype)
-    shape = tuple(codes.shape)
-    values = codes.to(compute)
-    if qparams.zero_point is not None:
-        values = values - expand(qparams.zero_point.to(compute), encoding, shape)
-    return (values * expand(qparams.scale.to(compute), encoding, shape)).to(dtype)
+    return restored(codes.to(compute), *_expanded(qparams, encoding, tuple(codes.shape), compute)).to(dtype)
+
+
+def _expanded(qparams: QParams, encoding: Encoding, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points that broadcast against a tensor of `shape`."""
+    z = qparams.zero_point
+    return expand(qparams.scale.to(dtype), encoding, shape), None if z is None else expand(z.to(dtype), encoding, shape)
 
 
 def fake_quantize(x: Tensor, encoding: Encoding, qparams: QParams | None = None) -> Tensor:

@@ -52,7 +52,7 @@ def round_columns(
         first: `[N]`, rounded in place of the first column, whose error is still counted from that column.
     """
     U, order = feedback.U, feedback.order
-    importance, columns = U.diagonal() ** -2, order.tolist()
+    importance, columns, diagonal = U.diagonal() ** -2, order.tolist(), U.diagonal().tolist()
     V = W.T[order].contiguous()  # [K, N]: the columns not yet rounded, updated
     codes = torch.empty(V.shape, dtype=numerics.storage_dtype(grid.encoding), device=V.device)
     ahead = grid.choose(W, importance[order.argsort()]) if feedback.sorted else numerics.choose_qparams(W, grid.encoding, SCALE_DTYPE)
@@ -64,7 +64,7 @@ def round_columns(
             if not feedback.sorted and j % g == 0:
                 draft.set_group(j // g, grid.choose(V[j : j + g].T, importance[j : j + g]))
             rounded = draft.round(columns[j], V[j] if first is None or j else first)
-            e = errors[j - start] = (V[j] - rounded) / U[j, j]
+            e = torch.div(torch.sub(V[j], rounded, out=rounded), diagonal[j], out=errors[j - start])
             V[j + 1 : end].addr_(U[j, j + 1 : end], e, alpha=-1)
             if extra is not None:
                 V[j + 1 : end].addr_(extra[j, j + 1 : end], V[j])

@@ -1,6 +1,6 @@
 """`Grid`: the values that a weight can take, and how scales are chosen; `Draft`: codes and parameters while both are being chosen."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,9 +24,9 @@ class Grid:
         """Parameters of the blocks of `W [N, columns]`; `importance [columns]` weighs squared errors."""
         return search_qparams(W, self.encoding, importance) if self.search else numerics.choose_qparams(W, self.encoding, SCALE_DTYPE)
 
-    def quantize(self, x: Tensor, qparams: QParams, encoding: Encoding) -> Tensor:
-        """The codes nearest to `x`, of which `encoding` tells the blocks."""
-        return numerics.quantize(x, qparams, encoding)
+    def nearest(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """The codes nearest to `x`, as `numerics.nearest`."""
+        return numerics.nearest(x, scale, zero_point, self.encoding)
 
 
 def search_qparams(W: Tensor, encoding: Encoding, importance: Tensor) -> QParams:
@@ -37,11 +37,14 @@ def search_qparams(W: Tensor, encoding: Encoding, importance: Tensor) -> QParams
     if encoding.bits == 1 or isinstance(encoding.format, Float):
         return numerics.choose_qparams(W, encoding, SCALE_DTYPE)
     split, axes = numerics.blocked(W, encoding)
+    weights, _ = numerics.blocked(importance.expand_as(W), encoding)
     low, high = split.amin(axes).clamp_max(0), split.amax(axes).clamp_min(0)
 
     def error(qparams: QParams) -> Tensor:
-        squared = (W - numerics.fake_quantize(W, encoding, qparams)).square() * importance
-        return numerics.blocked(squared, encoding)[0].sum(axes)
+        scale, z = (None if own is None else own.to(W.dtype)[:, None, :, None] for own in (qparams.scale, qparams.zero_point))
+        assert scale is not None
+        rounded = numerics.restored(numerics.nearest(split, scale, z, encoding), scale, z)
+        return rounded.sub_(split).square_().mul_(weights).sum(axes)
 
     best = numerics.qparams_from_range(low, high, encoding, SCALE_DTYPE)
     least = error(best)
@@ -66,7 +69,6 @@ class Draft:
     def __post_init__(self) -> None:
         self.encoding = self.grid.encoding
         self.group = self.encoding.block_shape((self.codes.shape[1], self.codes.shape[0]))[1]
-        self.single = replace(self.encoding, block=(1,))
         self.known: dict[int, QParams] = {}
 
     def set_group(self, group: int, chosen: QParams) -> None:
@@ -96,5 +98,6 @@ class Draft:
     def round(self, column: int, values: Tensor) -> Tensor:
         """Store the codes of one column's `values [N]`; returns what they stand for."""
         parameters = self.at(column // self.group)
-        self.codes[column] = self.grid.quantize(values, parameters, self.single)
-        return numerics.dequantize(self.codes[column], parameters, self.single)
+        codes = self.grid.nearest(values, parameters.scale, parameters.zero_point)
+        self.codes[column] = codes
+        return numerics.restored(codes, parameters.scale, parameters.zero_point)

@@ -18,7 +18,7 @@ def kronecker_error(D: Tensor, H_out: Tensor, H_in: Tensor) -> float:
 
 @dataclass
 class KroneckerDraft:
-    """Codes `[N, K]` and parameters that descend, with `P = H_out ΔW H_in`, minus half the gradient; what is given is not changed."""
+    """Codes `[N, K]`, as floats, and parameters that descend, with `P = H_out ΔW H_in`, minus half the gradient; what is given stays."""
 
     W: Tensor
     codes: Tensor
@@ -28,8 +28,8 @@ class KroneckerDraft:
     H_in: Tensor
 
     def __post_init__(self) -> None:
-        self.encoding, self.single = self.grid.encoding, replace(self.grid.encoding, block=(1, 1))
-        self.codes, self.qparams = self.codes.clone(), replace(self.qparams, scale=self.qparams.scale.clone())
+        self.encoding = self.grid.encoding
+        self.codes, self.qparams = self.codes.float(), replace(self.qparams, scale=self.qparams.scale.clone())
         self.W_hat = numerics.dequantize(self.codes, self.qparams, self.encoding)
         self.P = self.H_out @ (self.W - self.W_hat) @ self.H_in
 
@@ -39,12 +39,13 @@ class KroneckerDraft:
         What a step would change, `−2 δᵀp + δᵀ(H_out,ii' H_in,jj')δ`, is known before it is made: were it to raise the error, the half with
         the greater gains moves.
         """
-        at, d = self._spread(), self.H_out.diagonal()[:, None] * self.H_in.diagonal()
+        scale, z = self._spread()
+        d = self.H_out.diagonal()[:, None] * self.H_in.diagonal()
         for _ in range(steps):
-            codes = self.grid.quantize(self.W_hat + self.P / d, at, self.single)
-            step = numerics.dequantize(codes, at, self.single) - self.W_hat
-            gain = (step * (2 * self.P - d * step)).masked_fill(codes == self.codes, 0)
-            best = (gain > 0) & (gain == gain.amax(1, keepdim=True)) & (gain == gain.amax(0))
+            codes = self.grid.nearest((self.P / d).add_(self.W_hat), scale, z)
+            step = numerics.restored(codes, scale, z).sub_(self.W_hat)
+            gain = (2 * self.P).sub_(d * step).mul_(step).masked_fill_(codes == self.codes, 0)
+            best = (gain == gain.amax(1, keepdim=True)).logical_and_(gain == gain.amax(0)).logical_and_(gain > 0)
             i, j = best.nonzero(as_tuple=True)
             order = gain[i, j].argsort(descending=True)
             i, j = i[order], j[order]
@@ -54,7 +55,7 @@ class KroneckerDraft:
                 return
             self.codes[i, j] = codes[i, j]
             self.W_hat[i, j] += step[i, j]
-            self.P -= self.H_out[:, i] * step[i, j] @ self.H_in[j]
+            self.P.addmm_(self.H_out[:, i] * step[i, j], self.H_in[j], alpha=-1)
 
     def _change(self, i: Tensor, j: Tensor, step: Tensor) -> float:
         """What a step of some entries does to the error."""
@@ -66,12 +67,12 @@ class KroneckerDraft:
         `ds = A⁻¹ r`, with `r_i = Σ_j P_ij q_ij` over the group and `A = H_out ∘ q H_in qᵀ`. Scales that would not lower the error stay.
         """
         N, K = self.W.shape
-        zero = self._spread().zero_point
+        _, zero = self._spread()
         rows, g = self.encoding.block_shape((N, K))
         share = torch.nn.functional.one_hot(torch.arange(N, device=self.W.device) // rows).float()  # which rows share a scale
         for group in range(self.qparams.scale.shape[1]):
             span = slice(group * g, (group + 1) * g)
-            q = self.codes[:, span].float() - (0 if zero is None else zero[:, span].float())
+            q = self.codes[:, span] - (0 if zero is None else zero[:, span])
             r = share.T @ (self.P[:, span] * q).sum(1)
             A = share.T @ (self.H_out * (q @ self.H_in[span, span] @ q.T)) @ share
             ridge = 1e-4 * A.diagonal().mean() * torch.eye(len(A), device=A.device)
@@ -84,12 +85,16 @@ class KroneckerDraft:
                 self.W_hat[:, span] += step
                 self.P -= self.H_out @ step @ self.H_in[span]
 
-    def _spread(self) -> QParams:
-        """The parameters of every entry."""
+    def _spread(self) -> tuple[Tensor, Tensor | None]:
+        """The scale and zero point of every entry."""
         return spread(self.qparams, self.encoding, self.W.shape)
 
 
-def spread(qparams: QParams, encoding: Encoding, shape: torch.Size) -> QParams:
-    """The parameters of every entry of a weight of `shape`."""
-    scale, z = qparams.scale, qparams.zero_point
-    return QParams(*(None if x is None else numerics.expand(x, encoding, tuple(shape)).expand(shape) for x in (scale, z)))  # type: ignore[arg-type]
+def spread(qparams: QParams, encoding: Encoding, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
+    """The scale and zero point of every entry of a weight, float32 of its `shape`."""
+    scale, z = (
+        None if x is None else numerics.expand(x.float(), encoding, tuple(shape)).expand(shape).contiguous()
+        for x in (qparams.scale, qparams.zero_point)
+    )
+    assert scale is not None
+    return scale, z

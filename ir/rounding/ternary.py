@@ -32,9 +32,9 @@ class TernaryGrid(Grid):
         scale = (moment / mass).gather(-1, pick)[..., 0]
         return QParams(numerics.stored_scale(scale, SCALE_DTYPE))
 
-    def quantize(self, x: Tensor, qparams: QParams, encoding: Encoding) -> Tensor:
+    def nearest(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """See `Grid`: zero up to half a scale."""
-        return numerics.quantize(x, qparams, encoding).clamp(-1, 1)
+        return super().nearest(x, scale, zero_point).clamp_(-1, 1)
 
 
 @dataclass(frozen=True)

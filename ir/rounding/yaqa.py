@@ -1,6 +1,6 @@
 """YAQA: feedback over rows and columns, against the Fisher information of the whole model."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -56,30 +56,33 @@ class YAQA(Rounding):
         for _ in range(self.sweeps):
             draft.move_codes(-(-sum(W.shape) // _SHARE))
             draft.fit_scales()
-        return draft.codes, draft.qparams
+        return draft.codes.to(numerics.storage_dtype(encoding)), draft.qparams
 
 
 def round_both_ways(W: Tensor, qparams: QParams, grid: Grid, U_out: Tensor, U_in: Tensor) -> Tensor:
-    """Codes `[N, K]` by feedback over rows and columns, with given parameters: all entries of an antidiagonal at once.
+    """Codes `[N, K]`, as floats, by feedback over rows and columns, with given parameters: all entries of an antidiagonal at once.
 
     With `T_kj = Σ_l≤j E_kl U_in,lj`, the feedback to entry (i, j) is `Σ_k<i U_out,ki T_kj + U_out,ii Σ_l<j E_il U_in,lj`: each entry that
     is done adds to the later ones of its row in T, and then of its column in the sum over k.
     """
     N, K = W.shape
-    every = spread(qparams, grid.encoding, W.shape)
-    scale, z = every.scale, every.zero_point
-    single, codes = replace(grid.encoding, block=(1,)), torch.empty_like(W, dtype=numerics.storage_dtype(grid.encoding))
-    # Along an antidiagonal columns fall as rows rise: reversed, both are slices.
-    U_in_reversed, across, down = U_in.flip(0), torch.zeros_like(W), W.new_zeros(K, N)
+    across, down = torch.zeros_like(W), W.new_zeros(K, N)
+    # With the columns in reverse, the entries of an antidiagonal are a diagonal, and both their rows and their columns are slices.
+    scale, z = (None if own is None else own.flip(1) for own in spread(qparams, grid.encoding, W.shape))
+    assert scale is not None
+    W, U_in, codes = W.flip(1), U_in.flip(0, 1), torch.empty_like(W)
     out_diagonal, in_diagonal = U_out.diagonal(), U_in.diagonal()
     for d in range(N + K - 1):
-        i = torch.arange(max(0, d - K + 1), min(N, d + 1), device=W.device)
-        j, rows = d - i, slice(int(i[0]), int(i[-1]) + 1)
-        columns = slice(K - 1 - int(j[0]), K - int(j[-1]))
-        at = QParams(scale[i, j], None if z is None else z[i, j])
-        v = W[i, j] - down[columns, rows].diagonal() - out_diagonal[rows] * across[i, j]
-        codes[i, j] = q = grid.quantize(v, at, single)
-        e = (v - numerics.dequantize(q, at, single)) / (out_diagonal[rows] * in_diagonal[j])
-        across[rows].addcmul_(e[:, None], U_in_reversed[columns])
-        down[columns].addcmul_(across[i, j][:, None], U_out[rows])
-    return codes
+        at = K - 1 - d
+        first, last = max(0, -at), min(N, d + 1)  # rows
+        rows, columns = slice(first, last), slice(first + at, last + at)
+        # Entries to the left, and columns of rows above, are done.
+        left, below = slice(0, last + at), slice(first, N)
+        v = W.diagonal(at) - down[columns, rows].diagonal() - out_diagonal[rows] * across.diagonal(at)
+        own, zero = scale.diagonal(at), None if z is None else z.diagonal(at)
+        q = grid.nearest(v, own, zero)
+        codes.diagonal(at).copy_(q)
+        e = (v - numerics.restored(q, own, zero)) / (out_diagonal[rows] * in_diagonal[columns])
+        across[rows, left].addcmul_(e[:, None], U_in[columns, left])
+        down[columns, below].addcmul_(across.diagonal(at)[:, None], U_out[rows, below])
+    return codes.flip(1)

@@ -19,7 +19,9 @@ def test_it_uses_three_codes_and_beats_plain_thresholds(text, act_order):
     assert set(codes.unique().tolist()) == {-1, 0, 1}
     grid = TernaryGrid(encoding)
     qparams = grid.choose(W, H.diagonal())
-    plain = float(output_error(W, grid.quantize(W, qparams, encoding), qparams, encoding, H).sum())
+    plain = float(
+        output_error(W, grid.nearest(W, numerics.expand(qparams.scale.float(), encoding, (*W.shape,)), None), qparams, encoding, H).sum()
+    )
     loop = error(Ternary(act_order=act_order, sweeps=0), encoding, W, H)
     assert loop < plain
     assert error(Ternary(act_order=act_order), encoding, W, H) < loop
@@ -31,7 +33,7 @@ def test_no_threshold_and_scale_are_better():
     d = torch.linspace(0.1, 2, 7)
     grid = TernaryGrid(encoding)
     qparams = grid.choose(W, d)
-    D = W - numerics.dequantize(grid.quantize(W, qparams, encoding), qparams, encoding)
+    D = W - numerics.dequantize(grid.nearest(W, numerics.expand(qparams.scale.float(), encoding, (*W.shape,)), None), qparams, encoding)
     for w, found in zip(W, (D.square() * d).sum(1), strict=True):
         best = torch.inf
         for codes in itertools.product((-1, 0, 1), repeat=7):

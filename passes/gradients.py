@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ir import edit, evaluate
+from ir.sampling import draw
 from passes.base import Context
 from passes.calibration import tokens_in
 from passes.descent import some_rows
@@ -85,8 +86,7 @@ def _log_likelihood(found: Mapping[Node, Tensor], outputs: Mapping[Node, str], g
         value = found[node].float()
         if name == "logits":
             rows = value.flatten(0, -2).log_softmax(-1)
-            drawn = torch.multinomial(rows.detach().exp(), 1, generator=generator)
-            parts.append(rows.gather(1, drawn).sum())
+            parts.append(rows.gather(1, draw(rows.detach(), generator)).sum())
         else:
             parts.append((value * torch.randn(value.shape, generator=generator)).sum())
     return torch.stack(parts).sum()

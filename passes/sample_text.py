@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from ir import evaluate
 from ir.errors import DataError, OptionError
+from ir.sampling import draw
 from ir.signature import Signature
 from passes.base import Context, Effect, Pass
 
@@ -92,9 +93,7 @@ class SampleText(Pass):
             mask = torch.ones_like(ids)
             outputs = evaluate.run(gm, signature.bind(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=past))
             past = signature.cache_of(outputs)
-            odds = (outputs[0][:, -1].float() / self.temperature).softmax(-1).cumsum(-1)
-            drawn = torch.rand(rows, 1, generator=generator) * odds[:, -1:]  # where its class begins is found by bisection
-            ids = torch.cat([ids, torch.searchsorted(odds, drawn, right=True).clamp_max(classes - 1)], -1)
+            ids = torch.cat([ids, draw(outputs[0][:, -1].float() / self.temperature, generator)], -1)
         return ids
 
 

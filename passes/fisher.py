@@ -43,26 +43,18 @@ def token_weights(gm: GraphModule, ctx: Context, nodes: Collection[Node], groups
 
 @dataclass
 class Kronecker:
-    """Sums over sequences of `GGᵀ [N, N]` and `GᵀG [K, K]`, with gradients `G [N, K]` of a weight, and the number of tokens."""
+    """Sums over tokens of `GGᵀ [N, N]` and `GᵀG [K, K]`, with gradients `G = g xᵀ [N, K]` of a weight, and the number of tokens."""
 
     outer: Tensor
     inner: Tensor
     tokens: int = 0
 
     def take(self, x: Tensor, g: Tensor) -> None:
-        """Take in a linear's inputs `[sequences, ..., K]` and the gradients of its outputs `[sequences, ..., N]`.
-
-        What comes as `[rows, K]` has no sequences: each row counts as one, `G = g xᵀ`.
-        """
-        self.tokens += x[..., 0].numel()
-        if x.ndim == 2:
-            self.outer.addmm_((g * x.square().sum(1, keepdim=True)).T, g)
-            self.inner.addmm_((x * g.square().sum(1, keepdim=True)).T, x)
-            return
-        for of_x, of_g in zip(x.flatten(1, -2), g.flatten(1, -2), strict=True):
-            G = of_g.T @ of_x
-            self.outer.addmm_(G, G.T)
-            self.inner.addmm_(G.T, G)
+        """Take in a linear's inputs `[..., K]` and the gradients of its outputs `[..., N]`."""
+        x, g = x.flatten(0, -2), g.flatten(0, -2)
+        self.tokens += len(x)
+        self.outer.addmm_((g * x.square().sum(1, keepdim=True)).T, g)
+        self.inner.addmm_((x * g.square().sum(1, keepdim=True)).T, x)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """`H_out = E[GGᵀ]` and `H_in = E[GᵀG] / E‖G‖²`, so that `½ tr(H_out ΔW H_in ΔWᵀ)` are nats a token."""
@@ -70,9 +62,10 @@ class Kronecker:
 
 
 def kronecker_factors(gm: GraphModule, ctx: Context, nodes: Collection[Node]) -> dict[Node, tuple[Tensor, Tensor]]:
-    """The Kronecker pair of the Fisher information of each linear's weight, `H_out [N, N]` and `H_in [K, K]` (YAQA, 2505.22988, sketch B).
+    """The Kronecker pair of the Fisher information of each linear's weight, `H_out [N, N]` and `H_in [K, K]` (YAQA, 2505.22988).
 
-    The gradient of a sequence is dropped as soon as it is counted. Memory: `N² + K²` floats a linear, beside one batch's activations.
+    Where the paper's sketch B takes the gradient of a sequence as one, tokens count one by one: products of two tokens' gradients have
+    little expectation and much variance, and few sequences are seen. Memory: `N² + K²` floats a linear, beside one batch's activations.
     """
     sums: dict[Node, Kronecker] = {}
 

@@ -161,6 +161,7 @@ def mixed(
             latencies,
             widths=cast("tuple[int | str, ...]", widths),
             groups=cast("tuple[int, ...]", groups),
+            rounding="nearest",
             file=file,
             measure=measure,
         )

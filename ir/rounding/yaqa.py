@@ -32,12 +32,12 @@ class YAQA(Rounding):
     The feedback takes `N + K` vectorised steps of `N K + N²` multiplications, a sweep about `N K (N + K)` and more.
 
     Args:
-        damping: of both factors, as a share of the mean of their diagonals.
+        damping: of both factors, as a share of the mean of their diagonals; more than GPTQ's, since gradients vary more than inputs.
         search: choose scales by `search_qparams` instead of covering the extremes.
         sweeps: of descent.
     """
 
-    damping: float = 0.01
+    damping: float = 0.2
     search: bool = True
     sweeps: int = 3
     needs: ClassVar[tuple[str, ...]] = ("outer", "inner")

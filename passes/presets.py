@@ -161,7 +161,6 @@ def mixed(
             latencies,
             widths=cast("tuple[int | str, ...]", widths),
             groups=cast("tuple[int, ...]", groups),
-            rounding="nearest",
             file=file,
             measure=measure,
         )

@@ -83,6 +83,10 @@ class Problem:
         """The predicted cost of a site."""
         return sum(self.costs[layer.path, str(form)] for layer, form in zip(site, forms, strict=True))
 
+    def option(self, site: Site, forms: Forms) -> Option:
+        """A site's forms as an option of the knapsack."""
+        return Option(self.cost(site, forms), self.size(site, forms))
+
     def table(self, factors: Sequence[float] = ()) -> list[list[Option]]:
         """The options of the knapsack, the costs of each site multiplied by its factor."""
         scaled = factors or [1.0] * len(self.sites)

@@ -11,7 +11,6 @@ from torch.fx import GraphModule, Node
 
 from ir import edit
 from ir.errors import CoverageError, DataError, OptionError
-from ir.knapsack import Option
 from ir.rounding import GPTQ, Nearest, Rounding
 from ir.schemes import FLOAT, bits_of
 from ir.sites import Layer
@@ -19,7 +18,7 @@ from ir.weights import unrounded
 from passes import correction, costs, findings
 from passes.allocation import Allocation, Problem, formed, refusal, weights_in
 from passes.base import Context, Pass
-from passes.costs import Costs
+from passes.costs import Costs, raised
 from passes.forms import WHOLE, Cuts, Form, Forms, Site
 from passes.latency import LatencyTable, kind
 from passes.linked import Linked, Shapes, link, options
@@ -60,7 +59,8 @@ class Budgeted(Pass):
         where = self.name()
         for name in ("widths", "groups"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not self.bits > 0 or min(self.memory, self.bytes, self.latency) < 0 or sum(map(bool, (self.memory, self.bytes, self.latency))) > 1:
+        others = (self.memory, self.bytes, self.latency)
+        if not self.bits > 0 or min(others) < 0 or sum(map(bool, others)) > 1:
             raise OptionError("there is one budget, and it is positive", where=where, remedy="give bits=2.25, or bytes=10_000_000")
         if self.latency and not self.latencies:
             raise OptionError("latencies are kept in a file", where=f"{where}(latency=...)", remedy="give latencies='latencies.json'")
@@ -125,16 +125,28 @@ class Budgeted(Pass):
         """Which rows and columns smaller forms keep."""
         return WHOLE
 
+    def rates(self) -> tuple[float, ...]:
+        """What the predicted cost of dropping units is multiplied by, to be tried: see `fit_budget`."""
+        return (1.0,)
+
     def decide(self, gm: GraphModule, ctx: Context, linked: Sequence[Linked]) -> Allocation:
         """Predict, choose, and perhaps measure and choose again."""
         known, held = hold_out(ctx, self.measure, self.seed)
         cuts = self.cuts(linked)
-        problem = self._problem(gm, ctx, linked, self._costs(gm, known, self._wanted(ctx, linked), cuts))
+        predicted = self._costs(gm, known, self._wanted(ctx, linked), cuts)
+        tried = {rate: self._problem(gm, ctx, linked, raised(predicted, rate)) for rate in self.rates()}
+        problem = next(iter(tried.values()))
         if not self.measure:
             made = problem.solve()
             findings.tell(ctx, made, UNITS[self.loss], self.name())
             return made
         trial = Trial(gm, known, held, ROUNDINGS[self.rounding], cuts)
+        if len(tried) > 1:
+            made_by = {rate: problem.solve() for rate, problem in tried.items()}
+            divergences = trial.divergences([made.forms() for made in made_by.values()])
+            least = min(range(len(tried)), key=lambda index: divergences[index])
+            problem = list(tried.values())[least]
+            findings.tell_rates(ctx, made_by, divergences, least, UNITS[self.loss])
         looks = correction.corrected(problem, trial, self.corrections)
         taken = correction.best(looks)
         findings.tell(ctx, taken.allocation, UNITS[self.loss], self.name())
@@ -178,11 +190,12 @@ class Budgeted(Pass):
         bare = Problem([own.layers for own in linked], [], known, *self._budget(gm, ctx, linked))
         found = []
         for own in linked:
-            found.append(options(own, partial(self._forms, ctx), lambda site, forms: Option(bare.cost(site, forms), bare.size(site, forms))))
+            found.append(options(own, partial(self._forms, ctx), bare.option))
             if not found[-1]:
-                pairs = ((layer, form) for site in own.sites for forms in self._all_forms(site, {}) for layer, form in zip(site, forms, strict=True))
-                reasons = {reason for layer, form in pairs if (reason := refusal(ctx, layer, form))}
-                raise CoverageError("no width is left to choose from", where=own.layers[0].path, remedy="; ".join(sorted(reasons)))
+                pairs = (pair for site in own.sites for forms in self._all_forms(site, {}) for pair in zip(site, forms, strict=True))
+                reasons = {refusal(ctx, layer, form) for layer, form in pairs}
+                remedy = "; ".join(sorted(filter(None, reasons)))
+                raise CoverageError("no width is left to choose from", where=own.layers[0].path, remedy=remedy)
         return replace(bare, options=found)
 
     def _budget(self, gm: GraphModule, ctx: Context, linked: Sequence[Linked]) -> tuple[int, LatencyTable | None]:

@@ -28,9 +28,7 @@ Costs = dict[tuple[str, str], float]  # by the path of a layer and the text of a
 Wanted = Mapping[Layer, Sequence[Form]]
 
 
-def model_costs(
-    gm: GraphModule, ctx: Context, options: Wanted, rounding: Rounding, tokens: int, seed: int, cuts: Cuts = WHOLE
-) -> Costs:
+def model_costs(gm: GraphModule, ctx: Context, options: Wanted, rounding: Rounding, tokens: int, seed: int, cuts: Cuts = WHOLE) -> Costs:
     """`½ Σ_n h_n ((ΔW G ΔWᵀ)_nn + (Ŵ D Ŵᵀ)_nn)`, nats a token: `G = E[xxᵀ]` of the inputs, `D = E[Δx Δxᵀ]` of what their rounding leaves.
 
     `h` is that of `output_sensitivity`, `Ŵ` the rounded weight, of a linear that loses columns refitted before; of one that loses rows
@@ -55,9 +53,7 @@ def layer_costs(gm: GraphModule, ctx: Context, options: Wanted, rounding: Roundi
     return _costs(gm, ctx, options, rounding, cuts, None)
 
 
-def _costs(
-    gm: GraphModule, ctx: Context, options: Wanted, rounding: Rounding, cuts: Cuts, feels: Mapping[object, Tensor] | None
-) -> Costs:
+def _costs(gm: GraphModule, ctx: Context, options: Wanted, rounding: Rounding, cuts: Cuts, feels: Mapping[object, Tensor] | None) -> Costs:
     found: Costs = {}
     linears = {layer.node: layer for layer in options}
     for inputs in still_inputs(gm, sampled(ctx, TOKENS), linears, "predict", _roundings(options)):
@@ -79,6 +75,8 @@ def _of_layer(
     for (size, encoding), own in ways.items():
         if size not in fits:
             fits[size] = Fit.of(gm, layer, inputs, cuts.columns(layer, own[0]), cuts.damping)
+            if fits[size].kept is not None:
+                yield _columns(size), float((weighed * fits[size].errors()).sum())
         rounded = fits[size].rounded(rounding, encoding)
         of_weight = fits[size].errors(rounded)
         for form in own:
@@ -86,6 +84,23 @@ def _of_layer(
             errors = weighed * (of_weight if noise is None else of_weight + squares(rounded, noise))
             rows = cuts.rows(layer, form)
             yield str(form), float(errors.sum() if rows is None else errors[rows].sum())
+
+
+def _columns(size: int) -> str:
+    """What dropping columns alone costs stands under this text."""
+    return f"{size} columns"
+
+
+def raised(costs: Costs, rate: float) -> Costs:
+    """The costs with that of dropping columns multiplied by a rate; what rounding adds to it stays."""
+    if rate == 1:
+        return costs
+    found = {}
+    for (path, form), cost in costs.items():
+        _, _, shape = form.partition(" ")
+        dropping = costs.get((path, _columns(int(shape.partition("x")[2])))) if "x" in shape else None
+        found[path, form] = cost if dropping is None else cost + (rate - 1) * dropping
+    return found
 
 
 def _roundings(options: Wanted) -> dict[Node, list[Encoding]]:

@@ -1,12 +1,11 @@
 """What a search under a budget found, as tables and notes of the report."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ir import edit
 from passes import budgets
-from passes.allocation import Allocation, weights_left
+from passes.allocation import Allocation, weights_in, weights_left
 from passes.base import Context
 from passes.correction import Look, Pair, best
 from passes.forms import Site
@@ -17,10 +16,11 @@ def tell(ctx: Context, made: Allocation, unit: str, by: str) -> None:
     """The choice, in tables `widths` (a row for each linear) and `budgets`, and in notes of the pass that is named."""
     elements = Counter[str]()
     rows = []
+    fewer = any(form.shape for form in made.forms().values())
     for layer, form in made.forms().items():
         weights = weights_left([layer], (form,))
         elements[str(form.mark)] += weights
-        kept = {} if form.shape is None else {"kept": weights / int(edit.value(layer.weight).numel())}
+        kept = {"kept": weights / weights_in([layer])} if fewer else {}
         cost = made.problem.costs[layer.path, str(form)]
         rows.append({"layer": layer.path, "encoding": str(form.mark), "weights": weights, **kept, unit: cost})
     total = sum(elements.values())
@@ -56,13 +56,26 @@ def tell_measures(ctx: Context, looks: Sequence[Look], pairs: Sequence[Pair], un
     ctx.tables["budgets"] = budgets.rows(
         taken.allocation.problem, unit, taken.allocation, [(seen.allocation, seen.divergence) for seen in looks]
     )
-    ctx.notes.append(
-        f"{by}: KL on held-out tokens {first.divergence:.4g} nats a token, {first.allocation.cost:.4g} {unit} predicted"
-    )
+    ctx.notes.append(f"{by}: KL on held-out tokens {first.divergence:.4g} nats a token, {first.allocation.cost:.4g} {unit} predicted")
     if taken is not first:
         ctx.notes.append(f"{by}: corrected, KL {taken.divergence:.4g}, {taken.allocation.cost:.4g} {unit} predicted")
     elif len(looks) > 1:
         ctx.notes.append(f"{by}: no corrected choice measured less")
+
+
+def tell_rates(ctx: Context, made: Mapping[float, Allocation], divergences: Sequence[float], least: int, unit: str) -> None:
+    """The rates that were tried, in the table `rates`: how much each keeps, and what it was measured at."""
+    ctx.tables["rates"] = [
+        {
+            "rate": rate,
+            "weights kept": sum(map(weights_left, one.problem.sites, one.taken)) / one.problem.weights,
+            "bits": one.bits,
+            f"predicted at the rate, {unit}": one.cost,
+            f"measured, {NATS}": divergence,
+            "taken": "yes" if index == least else "",
+        }
+        for index, ((rate, one), divergence) in enumerate(zip(made.items(), divergences, strict=True))
+    ]
 
 
 def contributions(made: Allocation, unit: str, marginals: Sequence[float]) -> list[dict[str, Any]]:

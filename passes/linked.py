@@ -97,13 +97,23 @@ def link(sites: Sequence[Site], units: Sequence[Units], counts: Sequence[Sequenc
             for home in joined:
                 own_units.pop(home)
             homes[members[0]], own_units[members[0]] = members, together
-    return [
-        Linked(
-            tuple(sites[index] for index in homes[home]),
-            *(tuple(of[unit] for unit in own_units[home]) for of in (units, counts, scores)),
-        )
-        for home in sorted(homes)
-    ]
+    return [_linked(sites, units, counts, scores, homes[home], own_units[home]) for home in sorted(homes)]
+
+
+def _linked(
+    sites: Sequence[Site],
+    units: Sequence[Units],
+    counts: Sequence[Sequence[int]],
+    scores: Sequence[Tensor],
+    members: Sequence[int],
+    own: Sequence[int],
+) -> Linked:
+    return Linked(
+        tuple(sites[index] for index in members),
+        tuple(units[unit] for unit in own),
+        tuple(counts[unit] for unit in own),
+        tuple(scores[unit] for unit in own),
+    )
 
 
 def cuts_of(linked: Sequence[Linked], damping: float) -> Cuts:
@@ -121,8 +131,7 @@ def options(own: Linked, forms_of: FormsOf, weigh: Weigh) -> list[Forms]:
     if not own.units:
         return list(forms_of(own.sites[0], {}))
     found: list[tuple[Option, Forms]] = []
-    for way in own.ways:
-        shapes = own.shapes(way)
+    for shapes in map(own.shapes, own.ways):
         best: list[tuple[Option, Forms]] = [(Option(0.0, 0), ())]
         for site in own.sites:
             weighed = [(weigh(site, forms), forms) for forms in forms_of(site, shapes)]

@@ -156,9 +156,9 @@ def mixed(
         marks = Annotate("W8A8" if rounds else "W4A16", group=64, symmetric=False, ignore=names, head=head)
         chosen = AssignBits(
             bits,
-            bytes,
-            latency,
-            latencies,
+            bytes=bytes,
+            latency=latency,
+            latencies=latencies,
             widths=cast("tuple[int | str, ...]", widths),
             groups=cast("tuple[int, ...]", groups),
             file=file,

@@ -42,9 +42,7 @@ class Trial:
         cuts: which rows and columns smaller forms keep.
     """
 
-    def __init__(
-        self, gm: GraphModule, ctx: Context, held: Sequence[Sequence[Tensor]], rounding: Rounding, cuts: Cuts = WHOLE
-    ) -> None:
+    def __init__(self, gm: GraphModule, ctx: Context, held: Sequence[Sequence[Tensor]], rounding: Rounding, cuts: Cuts = WHOLE) -> None:
         self.gm, self.ctx, self.held, self.rounding, self.cuts = gm, ctx, held, rounding, cuts
         self.codes: dict[Key, tuple[Tensor, QParams, Tensor | None]] = {}
         _, self.cut = blocks(gm)

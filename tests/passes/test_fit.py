@@ -25,7 +25,7 @@ def test_errors_are_those_of_the_outputs(family):
     assert (dropped >= 0).all() and dropped.sum() < only.sum()
     rounded = fit.rounded(Nearest(), Encoding.parse("u8[1,-1]"))
     assert not rounded[:, ~kept].any()
-    assert torch.allclose(fit.errors(rounded).sum(), dropped.sum(), rtol=0.05)
+    assert torch.allclose(fit.errors(rounded).sum(), dropped.sum(), rtol=0.15)
     assert fit.errors(fit.rounded(Nearest(), Encoding.parse("u2[1,-1]"))).sum() > 1.5 * dropped.sum()
 
 

@@ -15,6 +15,7 @@ MARKED = "canonicalize, untie, annotate(scheme='W4A16', group=32, symmetric=Fals
 QUICK = "widths=(1, 2, 3, 4, 8), groups=(16, -1), rounding='nearest', tokens=64"
 SHARES = "shares=(1.0, 0.75, 0.5, 0.25), multiple=8"
 FIT = f"fit_budget(memory={{}}, {SHARES}, {QUICK}, measure={{}})"
+NEAREST = "round_weights(method='nearest')"
 WEIGHTS = sum(tensor.numel() for name, tensor in load("llama").captured.state_dict().items() if "_proj" in name)
 
 
@@ -37,7 +38,7 @@ def predicted(ctx):
     return sum(row["nats a token"] for row in ctx.tables["widths"])
 
 
-@pytest.mark.parametrize("memory", [0.04, 0.125, 0.2])
+@pytest.mark.parametrize("memory", [0.05, 0.125])
 def test_a_budget_is_met_from_below_also_under_one_bit(memory):
     gm, ctx = fitted(FIT.format(memory, 0))
     assert 0.99 * memory <= used(gm) / (16 * WEIGHTS) <= memory
@@ -94,13 +95,10 @@ def test_units_of_linears_that_are_not_annotated_stay():
 
 
 def test_the_result_runs_with_its_cache_on_onnx():
-    graph, ctx = fitted(FIT.format(0.1, 0))
-    assert min(row["kept"] for row in ctx.tables["widths"]) < 1
-    oracle, made = (
-        passes.compile(load("llama").captured, f"{MARKED}, {FIT.format(0.25, 0).replace('1.0, ', '')}, round_weights(method='nearest')",
-        CALIBRATION, backend=backend)
-        for backend in ("reference", "onnx")
-    )  # fmt: skip
+    fit = "fit_budget(memory=0.2, shares=(0.75, 0.5), multiple=8, widths=(4, 8), rounding='nearest', tokens=64, measure=0)"
+    text = f"{MARKED}, {fit}, {NEAREST}"
+    oracle, made = (passes.compile(load("llama").captured, text, CALIBRATION, backend=backend) for backend in ("reference", "onnx"))
+    assert min(row["kept"] for row in made.report().tables["widths"]) < 1
     past = None, None
     for ids in (tokens(2, 6), tokens(2, 1), tokens(2, 1, seed=3)):
         first, second = (run(input_ids=ids, past_key_values=cache) for run, cache in zip((oracle, made), past, strict=True))
@@ -121,13 +119,7 @@ def test_it_refuses_what_it_cannot_do():
         run(load("llama").graph(), f"{MARKED}, fit_budget")
     with pytest.raises(OptionError, match="rounded already"):
         fitted(FIT.format(0.125, 0), "canonicalize, untie, annotate(scheme='W4A4'), quantize(weights=False)")
-    for wrong in (
-        {"shares": ()},
-        {"shares": (0.0,)},
-        {"shares": (1.5,)},
-        {"criterion": "luck"},
-        {"multiple": 0},
-        {"memory": 0.1, "bytes": 9},
-    ):
+    wrong = ({"shares": ()}, {"shares": (0.0,)}, {"shares": (1.5,)}, {"criterion": "luck"}, {"multiple": 0}, {"memory": 0.1, "bytes": 9})
+    for options in wrong:
         with pytest.raises(OptionError):
-            FitBudget(**wrong)
+            FitBudget(**options)

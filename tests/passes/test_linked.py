@@ -29,7 +29,7 @@ def test_sites_that_units_run_through_are_one():
 
 
 def test_ways_say_shapes_and_what_stays():
-    _, _, units, linked = parts()
+    *_, linked = parts()
     mlp = linked[1]
     whole, half = mlp.ways
     assert mlp.shapes(whole) == {}
@@ -46,12 +46,13 @@ def test_ways_say_shapes_and_what_stays():
 
 def test_options_that_another_beats_are_left_out():
     *_, linked = parts()
+    whole = [Form.parse(f"u{bits}[1,32]") for bits in (2, 4)]
+
+    def weigh(site, forms):
+        return Option(sum(8.0 / form.weight.bits + (form.shape is not None) for form in forms), sum(form.weight.bits for form in forms))
+
     made = options(
-        linked[1],
-        lambda site, shapes: [tuple(Form.parse(f"u{bits}[1,32]")._replace(shape=shapes.get(layer)) for layer in site) for bits in (2, 4)],
-        lambda site, forms: Option(
-            sum(8.0 / form.weight.bits + (form.shape is not None) for form in forms), sum(form.weight.bits for form in forms)
-        ),
+        linked[1], lambda site, shapes: [tuple(form._replace(shape=shapes.get(layer)) for layer in site) for form in whole], weigh
     )
     assert made and all(form.shape is None for forms in made for form in forms)  # smaller ones cost more, and here take as much
 

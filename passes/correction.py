@@ -46,7 +46,7 @@ def corrected(problem: Problem, trial: Trial, rounds: int) -> list[Look]:
         found = problem.solve(factors(best(looks)))
         if any(found.choice.picks == seen.allocation.choice.picks for seen in looks):
             break
-        (divergence,) = trial.divergences([found.marks()])
+        (divergence,) = trial.divergences([found.forms()])
         if divergence >= best(looks).divergence:
             looks.append(Look(found, divergence, ()))
             break
@@ -62,7 +62,7 @@ def best(looks: Sequence[Look]) -> Look:
 def look(allocation: Allocation, trial: Trial) -> Look:
     """Measure an allocation, and without each of its sites in turn."""
     sites = range(len(allocation.problem.sites))
-    whole, *without = trial.divergences([allocation.marks(), *(allocation.marks([site]) for site in sites)])
+    whole, *without = trial.divergences([allocation.forms(), *(allocation.forms([site]) for site in sites)])
     return Look(allocation, whole, [whole - rest for rest in without])
 
 
@@ -86,6 +86,6 @@ def interactions(seen: Look, trial: Trial, count: int = PAIRED) -> list[Pair]:
     pairs = list(combinations(sorted(greatest), 2))
     if not pairs:
         return []
-    whole, *without = trial.divergences([seen.allocation.marks(), *(seen.allocation.marks(pair) for pair in pairs)])
+    whole, *without = trial.divergences([seen.allocation.forms(), *(seen.allocation.forms(pair) for pair in pairs)])
     found = [Pair(i, j, rest - whole + seen.marginals[i] + seen.marginals[j]) for (i, j), rest in zip(pairs, without, strict=True)]
     return sorted(found, key=lambda pair: -abs(pair.interaction))

@@ -21,6 +21,11 @@ def uniform(units: Sequence[Units], share: float, multiple: int) -> Kept:
     return [kept[index] if index in kept else _nearest(own.size, rest, multiple) for index, own in enumerate(units)]
 
 
+def at_shares(own: Units, shares: Sequence[float], multiple: int) -> list[int]:
+    """How many of a group stay at each of some shares, to the nearest count allowed; each once, in falling order."""
+    return sorted({_nearest(own.size, 1 - share, _step(own, multiple)) for share in shares}, reverse=True)
+
+
 def _nearest(size: int, share: float, multiple: int) -> int:
     """How many of `size` stay when about a share goes: of the counts allowed the nearest, of two the greater."""
     return min(reversed(_counts(size, multiple)), key=lambda count: abs(count - (1 - share) * size))

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ir import edit
 from ir.capture import capture
 from ir.encoding import Encoding
 from ir.errors import DataError
@@ -19,6 +18,7 @@ from ir.files import appearing
 from ir.sites import Layer, Mark, layers
 from passes.backend import Backend
 from passes.base import Context
+from passes.forms import Form
 from passes.pipeline import Pipeline
 
 FORMAT = "fxpress-latency-1"
@@ -28,10 +28,9 @@ LEAST = 1e-6  # milliseconds: what is too quick to tell from nothing still count
 Kind = tuple[int, int, str, str]  # rows and columns of a weight, encodings of the input ("" if it has none) and of the weight
 
 
-def kind(layer: Layer, mark: Mark) -> Kind:
+def kind(layer: Layer, form: Form) -> Kind:
     """What the time of a linear depends on."""
-    rows, columns = edit.value(layer.weight).shape
-    return int(rows), int(columns), str(mark.input or ""), str(mark.weight)
+    return *form.shape_of(layer), str(form.input or ""), str(form.weight)
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,9 @@ class LatencyTable:
     backend: str
     milliseconds: dict[Kind, float]
 
-    def of(self, layer: Layer, mark: Mark) -> float:
-        """The time of a layer as `mark`."""
-        return self.milliseconds[kind(layer, mark)]
+    def of(self, layer: Layer, form: Form) -> float:
+        """The time of a layer in a form."""
+        return self.milliseconds[kind(layer, form)]
 
     def save(self, path: Path) -> None:
         """Write it, under a temporary name first."""

@@ -1,10 +1,11 @@
 """`learn_rounding`: choose the integers and scales of all weights together, by gradient on the model's own error."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from ir import evaluate
@@ -13,6 +14,7 @@ from ir.rounding import METHODS, Nearest
 from ir.sites import Layer
 from ir.weights import round_layer, set_codes, unrounded
 from passes.base import Context, Effect, Pass
+from passes.calibration import without_past
 from passes.codes import Codes
 from passes.descent import rate_at, shuffled, some_rows
 from passes.divergence import of_outputs, own_outputs
@@ -34,7 +36,8 @@ class LearnRounding(Pass):
     Codes are `round(w / s + z + v)`. The offsets `v` start where they give the codes of a method of `round_weights`, and move against the
     sign of their gradient, as SignRound's (2309.05516): by at most `rate (steps + 1) / 2`, so that what is learned stays near the start,
     also on text unlike the calibration data. Scales are learned by Adam. The loss is that of the whole model: KL(model ‖ rounded model) per
-    token, or the relative squared error of outputs that are no logits. Annotated inputs are rounded while learning, as they will be.
+    token, or the relative squared error of outputs that are no logits; the model is the one before the first pass, also if units of it
+    have been dropped since. Annotated inputs are rounded while learning, as they will be.
 
     A weight's gradient is used and dropped as soon as it is known: beside the model there are two bytes a weight for the offsets, one
     rounded weight, and the activations of `rows` samples; before, what the start needs (of yaqa `N² + K²` floats a linear).
@@ -98,13 +101,14 @@ class LearnRounding(Pass):
     def _descend(self, gm: GraphModule, ctx: Context, learned: Sequence[Codes]) -> None:
         outputs = own_outputs(gm)
         nodes = evaluate.calls_for(gm, outputs)
+        exact_outputs = _teacher(gm, ctx)
         instead = {codes.layer.node: codes.linear for codes in learned}
         optimizer = torch.optim.Adam([codes.log_scale for codes in learned], betas=(0.9, 0.95))
         samples = shuffled(list(ctx.calibration), self.seed)
         for step in ctx.track(range(self.steps), "learn rounding"):
             batch, generator = next(samples)
-            given = evaluate.bind(gm, some_rows(batch, self.rows, generator))
-            exact = evaluate.evaluate(gm, nodes, given, list(outputs))
+            rows = some_rows(batch, self.rows, generator)
+            given, exact = evaluate.bind(gm, rows), dict(zip(outputs, exact_outputs(rows), strict=True))
             for codes in learned:
                 codes.rate = self.rate * (1 - step / self.steps)
             optimizer.param_groups[0]["lr"] = self.scale_rate * rate_at(step, self.steps)
@@ -112,3 +116,21 @@ class LearnRounding(Pass):
             found = evaluate.evaluate(gm, nodes, given, list(outputs), instead=instead, grad=True)
             of_outputs(found, exact, outputs).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+
+
+def _teacher(gm: GraphModule, ctx: Context) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """What gives the outputs to learn from: the model as it was before the first pass, or before rounding if that took other inputs.
+
+    It says more than the graph as it is, where units have been dropped: rounding can make up for a part of that.
+    """
+    was = ctx.original
+    if was is None or len(evaluate.placeholders(was)) != len(evaluate.placeholders(gm)):
+        was = gm
+    outputs = own_outputs(was)
+    calls, signature = evaluate.calls_for(was, outputs), was.meta["signature"]
+
+    def run(rows: Sequence[Tensor]) -> list[Tensor]:
+        found = evaluate.evaluate(was, calls, evaluate.bind(was, without_past(signature, rows)), list(outputs))
+        return [found[node] for node in outputs]
+
+    return run

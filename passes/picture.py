@@ -1,8 +1,8 @@
-"""Tables of `assign_bits` and `quantize_cache` on the report's page: widths as coloured grids, contributions, budgets as one line."""
+"""Tables of searches under a budget on the report's page: widths as coloured grids, contributions, budgets as one line."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -24,29 +24,45 @@ BARS = "▁▂▃▄▅▆▇█"
 
 def widths(rows: Rows) -> list[RenderableType]:
     """The grid of widths, equal neighbouring layers in one row."""
-    found = merged(marks(rows))
-    used = [mark for _, own in found.rows for mark in own if mark]
-    groups = len({mark.weight.block for mark in used})
-    parts = [", after a dot the size of groups"] * (groups > 1) + [", after a slash those of the input"] * any(mark.input for mark in used)
+    found = merged(cells(rows))
+    used = [cell for _, own in found.rows for cell in own if cell]
+    groups = len({cell.mark.weight.block for cell in used})
+    parts = [", after a dot the size of groups"] * (groups > 1)
+    parts += [", after a slash those of the input"] * any(cell.mark.input for cell in used)
+    parts += [", then the share of weights kept"] * any(cell.kept < 1 for cell in used)
     title = f"widths in bits{''.join(parts)}"
-    return [_table(found, title, lambda mark: _cell(mark, groups > 1))]
+    return [_table(found, title, lambda cell: _cell(cell, groups > 1))]
 
 
 def cache(rows: Rows) -> list[RenderableType]:
     """The grid of widths of keys and values, equal neighbouring layers in one row."""
     found = merged(grid({str(row["site"]): str(row["encoding"]) for row in rows}))
-    return [_table(found, "cache, widths in bits", lambda text: _cell(Mark(None, Encoding.parse(text)), False) if text else Text("float"))]
+    return [
+        _table(found, "cache, widths in bits", lambda text: _cell(Cell(Mark(None, Encoding.parse(text))), False) if text else Text("float"))
+    ]
 
 
-def marks(rows: Rows) -> Grid[Mark]:
+class Cell(NamedTuple):
+    """What the table `widths` says of a linear: its encodings, and the share of its weights that is kept."""
+
+    mark: Mark
+    kept: float = 1.0
+
+
+def cells(rows: Rows) -> Grid[Cell]:
     """The grid of what the table `widths` says."""
-    return grid({str(row["layer"]): Mark.parse(str(row["encoding"])) for row in rows})
+    return grid({str(row["layer"]): Cell(Mark.parse(str(row["encoding"])), row.get("kept", 1.0)) for row in rows})
 
 
-def label(mark: Mark, grouped: bool) -> str:
-    """The width of a weight, after a dot its group if it is no whole channel, and after a slash the width of the input: `4·64/8`."""
+def label(cell: Cell, grouped: bool) -> str:
+    """The width of a weight, after a dot its group if it is no whole channel, after a slash the width of the input: `4·64/8`.
+
+    Then the share of the weights that is kept, if some are not: `4·64 75%`.
+    """
+    mark = cell.mark
     group = f"·{mark.weight.block[-1]}" if grouped and mark.weight.block[-1] != -1 else ""
-    return f"{mark.weight.bits}{group}" + (f"/{mark.input.bits}" if mark.input else "")
+    kept = f" {cell.kept:.0%}" if cell.kept < 1 else ""
+    return f"{mark.weight.bits}{group}" + (f"/{mark.input.bits}" if mark.input else "") + kept
 
 
 def contributions(rows: Rows) -> list[RenderableType]:
@@ -88,7 +104,7 @@ def budgets(rows: Rows) -> list[RenderableType]:
 
 def loss(rows: Rows) -> str:
     """The column of the predicted loss in the tables `widths` and `budgets`: its unit."""
-    return next(key for key in rows[0] if key not in {"bits", "measured", "chosen", "layer", "encoding", "weights"})
+    return next(key for key in rows[0] if key not in {"bits", "measured", "chosen", "layer", "encoding", "weights", "kept"})
 
 
 DRAWN: dict[str, Callable[[Rows], list[RenderableType]]] = {
@@ -109,6 +125,6 @@ def _table(found: Grid[T], title: str, cell: Callable[[T], Text]) -> Table:
     return table
 
 
-def _cell(mark: Mark, grouped: bool) -> Text:
-    bits = mark.weight.bits
-    return Text(f" {label(mark, grouped)} ", style=f"{'white' if bits <= DARK else 'black'} on {COLOURS[bits - 1]}")
+def _cell(cell: Cell, grouped: bool) -> Text:
+    bits = cell.mark.weight.bits
+    return Text(f" {label(cell, grouped)} ", style=f"{'white' if bits <= DARK else 'black'} on {COLOURS[bits - 1]}")

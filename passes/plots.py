@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ir.errors import DataError, OptionError
-from ir.sites import Mark
 from passes.grid import Grid
-from passes.picture import COLOURS, DARK, label, loss, marks
+from passes.picture import COLOURS, DARK, Cell, cells, label, loss
 from passes.units import KL, NATS
 
 if TYPE_CHECKING:
@@ -43,11 +42,12 @@ def allocation(report: Mapping[str, Any]) -> "Figure":
     from matplotlib.figure import Figure  # noqa: PLC0415
     from matplotlib.patches import Patch  # noqa: PLC0415
 
-    found = marks(report["tables"]["widths"])
-    widths = [[float("nan") if mark is None else mark.weight.bits for mark in own] for _, own in found.rows]
-    used = [mark for _, own in found.rows for mark in own if mark]
+    found = cells(report["tables"]["widths"])
+    widths = [[float("nan") if cell is None else cell.mark.weight.bits for cell in own] for _, own in found.rows]
+    used = [cell.mark for _, own in found.rows for cell in own if cell]
+    fewer = any(cell.kept < 1 for _, own in found.rows for cell in own if cell)
     upright = len(found.columns) > ROTATED or any(len(column) > 10 for column in found.columns)
-    size = (3.2 + 0.75 * len(found.columns), 1.6 + 0.34 * len(found.rows) + 0.9 * upright)
+    size = (3.2 + (1.0 if fewer else 0.75) * len(found.columns), 1.6 + 0.34 * len(found.rows) + 0.9 * upright)
     figure = Figure(figsize=(max(size[0], 6.0), max(size[1], 3.0)), layout="constrained")
     axes = figure.subplots()
     axes.imshow(widths, cmap=ListedColormap(COLOURS), norm=BoundaryNorm([bits + 0.5 for bits in range(9)], 8), aspect="auto")
@@ -62,6 +62,7 @@ def allocation(report: Mapping[str, Any]) -> "Figure":
     axes.spines[:].set_visible(False)
     said = ["after a dot the weights of a group, where it is not a whole channel"] * any(mark.weight.block[-1] != -1 for mark in used)
     said += ["after a slash the bits of the input"] * any(mark.input for mark in used)
+    said += ["then the share of weights kept"] * fewer
     if said:
         axes.set_xlabel("; ".join(["bits", *said]), fontsize=9)
     axes.set_ylabel(f"{found.shared}*" if found.shared else "")
@@ -115,13 +116,13 @@ def _results(axes: "Axes", measures: Mapping[str, Mapping[str, float]], bits: fl
             )
 
 
-def _label(axes: "Axes", found: Grid[Mark]) -> None:
+def _label(axes: "Axes", found: Grid[Cell]) -> None:
     """Width and group in every cell."""
     for down, (_, own) in enumerate(found.rows):
-        for across, mark in enumerate(own):
-            if mark is not None:
-                colour = "white" if mark.weight.bits <= DARK else "black"
-                axes.text(across, down, label(mark, grouped=True), ha="center", va="center", color=colour, fontsize=8.5)
+        for across, cell in enumerate(own):
+            if cell is not None:
+                colour = "white" if cell.mark.weight.bits <= DARK else "black"
+                axes.text(across, down, label(cell, grouped=True), ha="center", va="center", color=colour, fontsize=8.5)
 
 
 def _points(rows: Rows, key: str) -> tuple[list[float], list[float]]:

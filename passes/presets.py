@@ -12,6 +12,7 @@ from passes.assign_bits import AssignBits
 from passes.base import Pass
 from passes.canonicalize import Canonicalize
 from passes.clip_activations import ClipActivations
+from passes.fit_budget import FitBudget
 from passes.learn_masks import LearnMasks
 from passes.learn_rounding import LearnRounding
 from passes.observe import Observe
@@ -98,11 +99,13 @@ def both(
 def mixed(
     *,
     bits: float = AssignBits.bits,
+    memory: float = 0.0,
     bytes: int = 0,
     latency: float = 0.0,
     latencies: str = "",
     widths: Sequence[int | str] = (2, 3, 4, 8),
     groups: Sequence[int] = GROUPS,
+    prune: bool = False,
     transform: str = "rotate",
     solver: str = "knapsack",
     rounding: str = "learned",
@@ -119,16 +122,18 @@ def mixed(
 
     Args:
         bits: budget: bits per weight, scales and zero points counted.
+        memory: budget in place of `bits`: the share that is left of the weights' size in FP16.
         bytes: budget in place of `bits`: bytes of the whole model as it is stored.
         latency: budget in place of `bits`: milliseconds of all chosen linears on one token, by the target's table in the file `latencies`.
         widths: to choose among: of weights, activations then stay in floating point; or schemes such as "W4A8", of both.
         groups: sizes to choose among of groups that share a scale; -1 for one scale per output channel, which integer kernels need.
+        prune: drop MLP channels and heads too, in the same search: `fit_budget` in place of `assign_bits`.
         transform: "rotate" (the residual stream and the values, folded into the weights) or "none".
         rounding: "learned" on the model's own divergence, or a method of `round_weights`.
         steps: of the learned rounding.
         own_text: the model writes as much text as it is calibrated on, and is calibrated on both.
         file: of predicted losses, as of `assign_bits`.
-        measure: tokens held out to measure the choice on, as of `assign_bits`.
+        measure: tokens held out to measure the choice on, as of `assign_bits`; 0 with `prune` for as many as `fit_budget` takes.
         ignore: layers to leave out.
         head: quantize output heads too.
         cache: bits of the key/value cache, 2 to 8; 16 leaves it in floating point.
@@ -143,7 +148,7 @@ def mixed(
         raise OptionError(f"widths are all numbers or all schemes, not {list(widths)}", where="mixed(widths=...)", remedy=remedy)
     rounds = any(bits_of(scheme, "mixed(widths=...)")[1] != FLOAT for scheme in schemes)
     if solver == "masks":
-        if len(widths) != 2 or bytes or latency or schemes:
+        if len(widths) != 2 or memory or bytes or latency or schemes or prune:
             problem = "masks choose between two widths of weights, under a budget in bits"
             raise OptionError(problem, where="mixed", remedy="set widths=(1, 4); of activations too: split_channels, or learn_masks")
         if file or measure or tuple(groups) != GROUPS:
@@ -154,15 +159,16 @@ def mixed(
         chosen: Pass = LearnMasks(f"W{high}A16", bits=bits)
     elif solver == "knapsack":
         marks = Annotate("W8A8" if rounds else "W4A16", group=64, symmetric=False, ignore=names, head=head)
-        chosen = AssignBits(
-            bits,
-            bytes,
-            latency,
-            latencies,
+        search = partial(FitBudget, measure=measure or FitBudget.measure) if prune else partial(AssignBits, measure=measure)
+        chosen = search(
+            bits=bits,
+            memory=memory,
+            bytes=bytes,
+            latency=latency,
+            latencies=latencies,
             widths=cast("tuple[int | str, ...]", widths),
             groups=cast("tuple[int, ...]", groups),
             file=file,
-            measure=measure,
         )
     else:
         raise OptionError(f"there is no solver {solver!r}", where="mixed(solver=...)", remedy="there are ['knapsack', 'masks']")

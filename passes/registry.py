@@ -32,6 +32,7 @@ MODULES = (
     "split_channels",
     "learn_masks",
     "assign_bits",
+    "fit_budget",
     "clip_activations",
     "round_weights",
     "learn_rounding",

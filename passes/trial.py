@@ -1,4 +1,4 @@
-"""`Trial`: how far the model is from itself with some of its linears rounded, measured without a copy of it."""
+"""`Trial`: how far the model is from itself with some of its linears rounded, or smaller, measured without a copy of it."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -9,23 +9,26 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ir import edit, evaluate, numerics
+from ir import evaluate, numerics
 from ir.blocks import Block, blocks
 from ir.encoding import Encoding
 from ir.numerics import QParams
-from ir.rounding import Evidence, Rounding
-from ir.sites import Layer, Mark
+from ir.rounding import Rounding
+from ir.sites import Layer
 from passes.base import Context
 from passes.calibration import take_rows, tokens_in
 from passes.divergence import of_outputs, own_outputs
+from passes.fit import Fit
+from passes.forms import WHOLE, Cuts, Form
 from passes.prefix import still_inputs
 
-Marks = Mapping[Layer, Mark]  # the linears that are rounded, and how
+Variant = Mapping[Layer, Form]  # the linears that are changed, and into what
 Values = dict[Node, Any]
+Key = tuple[Layer, int, Encoding]  # what codes depend on: the number of columns says which they are
 
 
 class Trial:
-    """Variants of one model, each with other linears rounded: their weights, and their inputs where the mark says so.
+    """Variants of one model, each with other linears smaller, or rounded: their weights, and their inputs where the form says so.
 
     Codes are kept as integers, one byte a weight, and are made floats for one call. What a variant shares with the first one, all blocks
     before the first layer that differs, is not run again. Static inputs are rounded over each batch's own range, linears that are
@@ -36,28 +39,29 @@ class Trial:
         ctx: with the calibration data that weights are rounded by.
         held: batches to measure on.
         rounding: that makes codes.
+        cuts: which rows and columns smaller forms keep.
     """
 
-    def __init__(self, gm: GraphModule, ctx: Context, held: Sequence[Sequence[Tensor]], rounding: Rounding) -> None:
-        self.gm, self.ctx, self.held, self.rounding = gm, ctx, held, rounding
-        self.codes: dict[tuple[Layer, Encoding], tuple[Tensor, QParams]] = {}
+    def __init__(self, gm: GraphModule, ctx: Context, held: Sequence[Sequence[Tensor]], rounding: Rounding, cuts: Cuts = WHOLE) -> None:
+        self.gm, self.ctx, self.held, self.rounding, self.cuts = gm, ctx, held, rounding, cuts
+        self.codes: dict[Key, tuple[Tensor, QParams, Tensor | None]] = {}
         _, self.cut = blocks(gm)
         stream = {node for block in self.cut for node in block.nodes}
         self.outputs = {node: name for node, name in own_outputs(gm).items() if node in stream}
         self.plans = [self._plan(block) for block in self.cut]
         self.block_of = {node: index for index, block in enumerate(self.cut) for node in block.nodes}
 
-    def divergences(self, variants: Sequence[Marks]) -> list[float]:
+    def divergences(self, variants: Sequence[Variant]) -> list[float]:
         """`KL(model ‖ variant)` of every variant, nats a token; of outputs that are no logits the relative squared error."""
-        self._round(dict.fromkeys((layer, mark.weight) for marks in variants for layer, mark in marks.items()))
+        self._round(dict.fromkeys(item for forms in variants for item in forms.items()))
         totals, tokens = [0.0] * len(variants), 0
         for batch in self.ctx.track(self.held, "measure"):
             count = tokens_in(batch)
             exact, _ = self._run(batch, {})
             first, entering = self._run(batch, variants[0])
-            for index, marks in enumerate(variants):
-                start = self._parting(variants[0], marks)
-                found = first | self._run(batch, marks, start, entering[start])[0] if index else first
+            for index, forms in enumerate(variants):
+                start = self._parting(variants[0], forms)
+                found = first | self._run(batch, forms, start, entering[start])[0] if index else first
                 totals[index] += count * float(of_outputs(found, exact, self.outputs))
             tokens += count
         return [total / max(tokens, 1) for total in totals]
@@ -68,14 +72,14 @@ class Trial:
         needed = evaluate.ancestors(keep, stop={*block.entry, *evaluate.placeholders(self.gm)})
         return [node for node in self.gm.graph.nodes if node in needed and node.op == "call_function"], keep
 
-    def _parting(self, one: Marks, other: Marks) -> int:
+    def _parting(self, one: Variant, other: Variant) -> int:
         """The first block in which two variants differ."""
         apart = {layer for layer in {*one, *other} if one.get(layer) != other.get(layer)}
         return min((self.block_of[layer.node] for layer in apart), default=len(self.cut) - 1)
 
-    def _run(self, batch: Sequence[Tensor], marks: Marks, start: int = 0, now: Values | None = None) -> tuple[Values, list[Values]]:
+    def _run(self, batch: Sequence[Tensor], forms: Variant, start: int = 0, now: Values | None = None) -> tuple[Values, list[Values]]:
         """The outputs from block `start` on, which `now` enters, and what enters each block."""
-        instead = {layer.node: partial(self._linear, layer, mark) for layer, mark in marks.items()}
+        instead = {layer.node: partial(self._linear, layer, form) for layer, form in forms.items()}
         given, now = evaluate.bind(self.gm, batch), now or {}
         found: Values = {}
         entering = []
@@ -85,27 +89,36 @@ class Trial:
             found |= {node: value for node, value in now.items() if node in self.outputs}
         return found, entering
 
-    def _linear(self, layer: Layer, mark: Mark, x: Tensor, _: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The layer with its operands rounded, in place of `aten.linear`."""
-        if mark.input is not None and not layer.input_rounded:
-            x = numerics.fake_quantize(x, mark.input)
-        weight = numerics.dequantize(*self.codes[layer, mark.weight], mark.weight)
+    def _linear(self, layer: Layer, form: Form, x: Tensor, _: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer in a form, in place of `aten.linear`. Rows that go are computed: of what reads them nothing does."""
+        kept = self.cuts.columns(layer, form)
+        if kept is not None:
+            x = x[..., kept]
+        if form.input is not None and not layer.input_rounded:
+            x = numerics.fake_quantize(x, form.input)
+        codes, qparams, more = self.codes[self._key(layer, form)]
+        weight = numerics.dequantize(codes, qparams, form.weight)
+        bias = bias if bias is None or more is None else bias + more.to(bias.dtype)
         return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
 
-    def _round(self, wanted: Iterable[tuple[Layer, Encoding]]) -> None:
+    @staticmethod
+    def _key(layer: Layer, form: Form) -> Key:
+        return layer, form.shape_of(layer)[1], form.weight
+
+    def _round(self, wanted: Iterable[tuple[Layer, Form]]) -> None:
         """Make the codes that are not known yet, in one run over the calibration data."""
-        missing: dict[Node, list[tuple[Layer, Encoding]]] = {}
-        for pair in wanted:
-            if pair not in self.codes:
-                missing.setdefault(pair[0].node, []).append(pair)
+        missing: dict[Node, dict[Key, Form]] = {}
+        for layer, form in wanted:
+            if self._key(layer, form) not in self.codes:
+                missing.setdefault(layer.node, {})[self._key(layer, form)] = form
         if not missing:
             return
-        pending = {node: pairs[0][0] for node, pairs in missing.items()}
+        pending = {node: layer for node, forms in missing.items() for layer, _, _ in forms}
         for inputs in still_inputs(self.gm, self.ctx, pending, "round for measuring"):
             for layer in inputs.layers:
-                W = edit.attribute(self.gm, layer.weight).detach().float()
-                for pair in missing[layer.node]:
-                    self.codes[pair] = self.rounding.round_weight(W, pair[1], Evidence(gram=inputs.gram))
+                for key, form in missing[layer.node].items():
+                    fit = Fit.of(self.gm, layer, inputs, self.cuts.columns(layer, form), self.cuts.damping)
+                    self.codes[key] = *fit.round(self.rounding, form.weight), fit.bias
 
 
 def hold_out(ctx: Context, tokens: int, seed: int) -> tuple[Context, list[list[Tensor]]]:

@@ -1,12 +1,13 @@
 import pytest
 
-from ir.sites import Mark, layers, readers
+from ir.sites import layers, readers
 from ir.weights import stored_bits
-from passes.allocation import Problem, marked, refusal, stored, weights_in
+from passes.allocation import Problem, formed, refusal, stored, weights_in
+from passes.forms import Form
 from tests.families import load
 from tests.passes.samples import context, run
 
-MARKS = [Mark.parse(f"u{bits}[1,-1]") for bits in (2, 4)]
+MARKS = [Form.parse(f"u{bits}[1,-1]") for bits in (2, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,8 @@ def test_a_factor_moves_bits_to_a_site(problem):
 
 def test_sites_can_be_left_out(problem):
     made = problem.solve()
-    assert len(made.marks()) == 14
-    assert set(made.marks()) - set(made.marks([0, 1])) == {*problem.sites[0], *problem.sites[1]}
+    assert len(made.forms()) == 14
+    assert set(made.forms()) - set(made.forms([0, 1])) == {*problem.sites[0], *problem.sites[1]}
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_a_width_of_the_weight_leaves_the_input_and_a_scheme_changes_both(scheme
     gm = load("llama").graph()
     run(gm, f"canonicalize, annotate(scheme={scheme!r}, group=32)")
     layer = next(layer for layer in layers(gm) if layer.path.endswith("q_proj"))
-    assert str(marked(layer, width, group)) == expected
+    assert str(formed(layer, width, group)) == expected
 
 
 def test_the_target_judges_the_pair():
@@ -71,7 +72,7 @@ def test_the_target_judges_the_pair():
     gm = load("llama").graph()
     ctx = context(gm)
     layer = layers(gm)[1]
-    assert refusal(ctx, layer, Mark.parse("i4[1,-1]/i8[1,-1]dynamic")) is None
+    assert refusal(ctx, layer, Form.parse("i4[1,-1]/i8[1,-1]dynamic")) is None
     ctx.backend = Narrow()
-    assert refusal(ctx, layer, Mark.parse("i4[1,-1]/i8[1,-1]dynamic")) == "input=8 weight=4"
-    assert refusal(ctx, layer, Mark.parse("i4[1,-1]")) == "weight=4"
+    assert refusal(ctx, layer, Form.parse("i4[1,-1]/i8[1,-1]dynamic")) == "input=8 weight=4"
+    assert refusal(ctx, layer, Form.parse("i4[1,-1]")) == "weight=4"

@@ -3,12 +3,13 @@ import itertools
 import pytest
 
 from ir import knapsack
-from ir.sites import Mark, layers
+from ir.sites import layers
 from passes.allocation import Problem
 from passes.budgets import POINTS, curve, rows
+from passes.forms import Form
 from tests.families import load
 
-MARKS = [Mark.parse(f"u{bits}[1,-1]") for bits in (2, 3, 4, 8)]
+MARKS = [Form.parse(f"u{bits}[1,-1]") for bits in (2, 3, 4, 8)]
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,13 @@ import pytest
 from torch import fx, nn
 
 from ir.knapsack import Choice
-from ir.sites import Layer, Mark
+from ir.sites import Layer
 from passes import allocation
 from passes.allocation import Allocation, Problem
 from passes.correction import BOUNDS, Look, best, corrected, factors, interactions, look
+from passes.forms import Form
 
-MARKS = [(Mark.parse("u2[1,-1]"),), (Mark.parse("u4[1,-1]"),)]
+MARKS = [(Form.parse("u2[1,-1]"),), (Form.parse("u4[1,-1]"),)]
 TRUE = {"a": 1.0, "b": 3.0, "c": 0.5}  # the cost of two bits
 PREDICTED = {"a": 3.0, "b": 1.0, "c": 0.5}
 

@@ -4,13 +4,14 @@ import torch
 from ir import edit, numerics
 from ir.errors import DataError
 from ir.rounding import Nearest
-from ir.sites import Mark, layers
+from ir.sites import layers
 from passes.costs import layer_costs, load, model_costs, save
+from passes.forms import Form
 from passes.observation import watch
 from tests import families
 from tests.passes.samples import CALIBRATION, context, run
 
-MARKS = [Mark.parse(f"u{bits}[1,32]") for bits in (2, 3, 4, 8)]
+MARKS = [Form.parse(f"u{bits}[1,32]") for bits in (2, 3, 4, 8)]
 
 
 def prepared():
@@ -65,7 +66,7 @@ INPUTS = ["i4[1,-1]dynamic", "i4[1,-1]dynamic*0.7", "i8[1,-1]dynamic", "i4[1,16]
 def test_rounding_of_inputs_costs_what_it_does_to_the_output(end):
     gm, ctx, options = prepared()
     (layer,) = [layer for layer in options if layer.path.endswith(end)]
-    marks = [Mark.parse("u8[1,32]"), *(Mark.parse(f"u8[1,32]/{text}") for text in INPUTS)]
+    marks = [Form.parse("u8[1,32]"), *(Form.parse(f"u8[1,32]/{text}") for text in INPUTS)]
     found = layer_costs(gm, ctx, {layer: marks}, Nearest())
     seen = []
     watch(gm, ctx, [layer.site("input").operand], lambda _, value: seen.append(value), "test")
@@ -81,7 +82,7 @@ def test_inputs_that_are_rounded_already_cost_nothing_more():
     gm, ctx, _ = prepared()
     run(gm, "annotate(scheme='W4A4'), quantize(weights=False)")
     (layer,) = [layer for layer in layers(gm) if layer.path.endswith("0.mlp.up_proj")]
-    both = [Mark(None, layer.mark.weight), layer.mark]
+    both = [Form(None, layer.mark.weight), Form(*layer.mark)]
     found = layer_costs(gm, ctx, {layer: both}, Nearest())
     assert found[layer.path, str(both[0])] == found[layer.path, str(both[1])] > 0
     assert model_costs(gm, ctx, {layer: both[1:]}, Nearest(), tokens=64, seed=0)[layer.path, str(both[1])] > 0
@@ -90,7 +91,7 @@ def test_inputs_that_are_rounded_already_cost_nothing_more():
 def test_the_models_loss_weighs_the_outputs_of_both_errors():
     gm, ctx, options = prepared()
     (layer,) = [layer for layer in options if layer.path.endswith("1.mlp.up_proj")]
-    marks = [Mark.parse(text) for text in ("u4[1,32]", "u4[1,32]/i8[1,-1]dynamic", "u4[1,32]/i4[1,-1]dynamic", "u3[1,32]/i4[1,-1]dynamic")]
+    marks = [Form.parse(text) for text in ("u4[1,32]", "u4[1,32]/i8[1,-1]dynamic", "u4[1,32]/i4[1,-1]dynamic", "u3[1,32]/i4[1,-1]dynamic")]
     costs = model_costs(gm, ctx, {layer: marks}, Nearest(), tokens=128, seed=0)
     rising = [costs[layer.path, str(mark)] for mark in marks]
     assert 0 < rising[0] < rising[1] < rising[2] < rising[3]

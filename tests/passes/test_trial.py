@@ -4,13 +4,14 @@ import torch
 import passes
 from ir import edit
 from ir.rounding import GPTQ, Nearest
-from ir.sites import Mark, layers
+from ir.sites import layers
 from passes.divergence import divergence
+from passes.forms import Form
 from passes.trial import Trial, hold_out
 from tests.families import load
 from tests.passes.samples import CALIBRATION, Mlp, context, run, same_weights, vectors
 
-MARK = Mark.parse("u2[1,32]")
+MARK = Form.parse("u2[1,32]")
 
 
 def prepared(family="llama"):
@@ -43,7 +44,7 @@ def test_codes_are_made_once_and_are_integers():
     trial = Trial(gm, ctx, ctx.calibration, GPTQ(sweeps=0))
     first = trial.divergences([{linears[0]: MARK}])
     codes = dict(trial.codes)
-    assert all(tensor.dtype in {torch.int8, torch.uint8} for tensor, _ in codes.values())
+    assert all(tensor.dtype in {torch.int8, torch.uint8} for tensor, *_ in codes.values())
     assert trial.divergences([{}, {linears[0]: MARK}])[1:] == first
     assert all(trial.codes[pair] is codes[pair] for pair in codes)
 
@@ -81,7 +82,7 @@ def test_one_sample_cannot_be_divided():
 
 def test_inputs_are_rounded_where_the_mark_says_so():
     gm, ctx, linears = prepared()
-    half = dict.fromkeys(linears[:5], Mark.parse("i8[1,-1]/i4[1,-1]dynamic*0.9"))
+    half = dict.fromkeys(linears[:5], Form.parse("i8[1,-1]/i4[1,-1]dynamic*0.9"))
     (measured,) = Trial(gm, ctx, ctx.calibration, Nearest()).divergences([half])
     copy = edit.copied(gm)
     for layer, mark in zip(layers(copy)[1:6], half.values(), strict=True):
@@ -92,6 +93,6 @@ def test_inputs_are_rounded_where_the_mark_says_so():
     run(gm, "annotate(scheme='W8A4'), quantize(weights=False)")  # what is rounded already is not rounded again
     linears = [layer for layer in layers(gm) if layer.kind == "Linear" and layer.input_rounded]
     mark = next(iter(half.values()))
-    first, second = dict.fromkeys(linears, Mark(None, mark.weight)), dict.fromkeys(linears, mark)
+    first, second = dict.fromkeys(linears, Form(None, mark.weight)), dict.fromkeys(linears, mark)
     found = Trial(gm, ctx, ctx.calibration, Nearest()).divergences([first, second])
     assert found[0] == found[1]

@@ -1,0 +1,157 @@
+"""`fit_budget`: decide in one search how many units of channels stay and what widths the rest gets, under one budget."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import GraphModule
+
+from ir.errors import DataError, OptionError
+from ir.sites import Layer, check_patterns, layers
+from passes import keeping
+from passes.base import Context, Effect
+from passes.budgeted import Budgeted
+from passes.dropping import drop, tell_left
+from passes.forms import Cuts, Site
+from passes.linked import Linked, cuts_of, link
+from passes.prunable import KINDS, Units, found_units
+from passes.unit_scores import CRITERIA
+
+RATES = (1.0, 2.0, 4.0, 16.0)  # that are tried
+
+
+@dataclass(frozen=True)
+class FitBudget(Budgeted):
+    """Drop units of channels and give annotated linears their widths, with the least predicted loss of both that one budget allows.
+
+    Before::
+
+        %2 = aten.linear(%1, %up): [.., 704] {weight: u4[1,64]}; ... %9 = aten.linear(%8, %down): [.., 256] {weight: u4[1,64]}
+
+    After::
+
+        %2 = aten.linear(%1, %up): [.., 352] {weight: u2[1,64]}; ... %9 = aten.linear(%8, %down): [.., 256] {weight: u3[1,-1]}
+
+    An option is what `assign_bits` chooses among, and a size. Its loss is that of `assign_bits`, with what dropping, refitting and
+    rounding together leave of the weight: for linears that lose columns `ΔW = W − Ŵ'`, with `W'` refitted onto the columns that stay
+    (as of `prune`) and then rounded; for those that lose rows the sum over rows that stay. A criterion of `prune` says in which order units
+    go. Linears that units run through are one site of the knapsack; of their options those are kept that no other beats in cost and size.
+
+    Dropping much is no small change, and its loss is predicted too low. So its part of the cost is multiplied by rates, 1, 2, 4 and
+    16; each is solved for, all are measured on tokens held out (the KL of the model from itself), and the one that measures least is
+    taken. Then what was chosen is dropped as by `prune`: refitted block after block, and cut.
+
+    Limits: 1. those of `assign_bits` and `prune`; 2. which units stay is decided before widths are; 3. units stay whose linears are not all
+    annotated, or would link so many sites that they could shrink in more than 64 ways; the report says which.
+
+    Args:
+        bits: budget: bits for each weight that there is before units are dropped, with scales and zero points.
+        memory: budget in place of `bits`: bits over 16, the share that is left of the size in FP16.
+        bytes, latency, latencies, widths, groups, fused, loss, rounding, tokens, file, corrections, seed: as of `assign_bits`.
+        measure: tokens held out to measure rates on, as of `assign_bits`; 0 measures nothing and takes the predictions as they are.
+        shares: of units to choose among that stay; of heads to the nearest whole one, and always at least one unit. One share alone is
+            kept of all.
+        what, multiple, criterion, ignore, damping: as of `prune`.
+
+    Raises:
+        OptionError: options that there are not, a budget that nothing fits into; the remedy names the nearest that works.
+        CoverageError: the backend has no form for any of the options.
+        DataError: no calibration data, or a file that does not fit.
+    """
+
+    measure: int = 4096
+    shares: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    what: tuple[str, ...] = KINDS
+    multiple: int = 32
+    criterion: str = "fisher"
+    ignore: tuple[str, ...] = ()
+    damping: float = 0.01
+    effect: ClassVar[Effect] = Effect.CHANGE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.take_names("what", KINDS)
+        object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
+        object.__setattr__(self, "shares", tuple(self.shares))
+        if self.criterion not in CRITERIA:
+            problem = f"there is no criterion {self.criterion!r}"
+            raise OptionError(problem, where="fit_budget(criterion=...)", remedy=f"there are {list(CRITERIA)}")
+        if not self.shares or not all(0 < share <= 1 for share in self.shares):
+            problem = f"shares that stay lie above 0 and up to 1, not {list(self.shares)}"
+            raise OptionError(problem, where="fit_budget(shares=...)", remedy="give shares=(1.0, 0.5)")
+        if self.multiple < 1 or self.damping < 0:
+            raise OptionError("multiple is at least 1, damping at least 0", where=str(self))
+
+    def needs(self, ctx: Context) -> None:
+        """Calibration data, to refit; folders for files."""
+        if not ctx.calibration and self.smaller:
+            raise DataError("fit_budget needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
+        super().needs(ctx)
+
+    @property
+    def smaller(self) -> bool:
+        """Whether anything may go."""
+        return min(self.shares) < 1
+
+    def requires(self, gm: GraphModule, ctx: Context) -> None:
+        """As `assign_bits`; inputs that are not rounded yet, and patterns that match."""
+        check_patterns(self.ignore, layers(gm), "fit_budget(ignore=...)")
+        rounded = next((layer.path for site in self.sites(gm) for layer in site if layer.input_rounded), None)
+        if rounded is not None:
+            raise OptionError("the input is rounded already", where=rounded, remedy="put fit_budget before quantize")
+        super().requires(gm, ctx)
+
+    def run(self, gm: GraphModule, ctx: Context) -> int:
+        """Decide, drop, refit and annotate; returns the number of linears whose encoding or size changes."""
+        linked = self.linked(gm, ctx, self.sites(gm), scored=True)
+        made = self.decide(gm, ctx, linked)
+        forms = made.forms()
+        changed = sum(layer.mark != form.mark or form.shape is not None for layer, form in forms.items())
+        picked = [pair for own, taken in zip(linked, made.taken, strict=True) for pair in own.picked(own.way_of(taken))]
+        if picked:
+            drop(gm, ctx, picked, compensate=True, damping=self.damping, bias=False)
+        for layer, form in forms.items():
+            layer.annotate(form.mark)
+        return changed
+
+    def linked(self, gm: GraphModule, ctx: Context, sites: Sequence[Site], *, scored: bool) -> list[Linked]:
+        """Sites that units run through, each with the counts that shares allow."""
+        if not self.smaller:
+            return super().linked(gm, ctx, sites, scored=scored)
+        units, left = self._units(gm, sites)
+        counts = [keeping.at_shares(own, self.shares, self.multiple) for own in units]
+        scores = [torch.zeros(own.size) for own in units]
+        if scored:
+            scores = CRITERIA[self.criterion].scores(gm, ctx, units, self.tokens, self.seed) if units else []
+        found = link(sites, units, counts, scores)
+        if scored:
+            used = {id(own) for group in found for own in group.units}
+            for own in units:
+                if id(own) not in used:
+                    left.setdefault("their units link too many sites", []).append(own.readers[0][0])
+            tell_left(gm, ctx, left, by=self.name())
+        return found
+
+    def _units(self, gm: GraphModule, sites: Sequence[Site]) -> tuple[list[Units], dict[str, list[Layer]]]:
+        """The units whose linears are all annotated, and by reason the linears that have none."""
+        units, left = found_units(gm, self.what, self.ignore)
+        marked = {str(layer.weight.target) for site in sites for layer in site}
+        weights = {str(layer.weight.target): layer for layer in layers(gm) if layer.kind == "Linear"}
+        free = [own for own in units if marked.issuperset(own.paths & weights.keys())]
+        held = [own for own in units if not marked.issuperset(own.paths & weights.keys())]
+        for path in sorted({path for own in held for path in own.paths & weights.keys()}):
+            left.setdefault("not all linears of their units are annotated", []).append(weights[path])
+        return free, left
+
+    def cuts(self, linked: Sequence[Linked]) -> Cuts:
+        """What stays at each count."""
+        return cuts_of(linked, self.damping)
+
+    def rates(self) -> tuple[float, ...]:
+        """Several, if they are measured and anything may be chosen."""
+        return RATES if self.measure and self.smaller and len(self.shares) > 1 else (1.0,)
+
+    def made(self) -> dict[str, Any]:
+        """The options that predictions depend on."""
+        return super().made() | ({"criterion": self.criterion, "damping": self.damping} if self.smaller else {})

@@ -5,17 +5,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from ir import edit
 from ir.errors import CoverageError, DataError, OptionError
-from ir.match import operand
-from ir.refit import refit
-from ir.selection import select, stays
-from ir.sites import Layer, check_patterns, layers
+from ir.sites import check_patterns, layers
 from passes import keeping
 from passes.base import Context, Effect, Pass
-from passes.prefix import Prefix
+from passes.dropping import drop, tell_left
 from passes.prunable import KINDS, Units, found_units
 from passes.unit_scores import CRITERIA
 
@@ -114,7 +110,7 @@ class Prune(Pass):
         if not self.share:
             return 0
         units, left = found_units(gm, self.what, self.ignore)
-        self._tell_left(gm, ctx, left)
+        tell_left(gm, ctx, left, by="prune")
         # What cannot be met is refused before long work.
         counts = keeping.uniform(units, self.share, self.multiple)
         self._check(keeping.dropped_share(units, counts) if self.uniform else min(keeping.most(units, self.multiple), self.share), ctx)
@@ -125,12 +121,9 @@ class Prune(Pass):
             counts = keeping.free(units, relative, self.share, self.multiple)
             self._check(keeping.dropped_share(units, counts), ctx)  # whole units may be coarse
         chosen = [(own, keeping.greatest(score, count)) for own, score, count in zip(units, scores, counts, strict=True)]
-        picked = [(own, channels) for own, channels in chosen if len(channels) < own.size]
-        if self.compensate and picked:
-            self._refit(gm, ctx, picked)
-        ctx.rebind(select(gm, [(own.group, channels) for own, channels in picked]))
+        dropped = drop(gm, ctx, chosen, compensate=self.compensate, damping=self.damping, bias=self.bias)
         self._tell(ctx, units, scores, counts)
-        return len(picked)
+        return dropped
 
     def _check(self, reached: float, ctx: Context) -> None:
         """Refuse a share that cannot be met.
@@ -153,41 +146,6 @@ class Prune(Pass):
             {"layer": own.path, "units": own.what, "kept": count, "of": own.size, self.criterion: _lost(score, count)}
             for own, score, count in zip(units, scores, counts, strict=True)
         ]
-
-    def _tell_left(self, gm: GraphModule, ctx: Context, left: dict[str, list[Layer]]) -> None:
-        tensors = {node: edit.attribute(gm, node).nbytes for node in gm.graph.find_nodes(op="get_attr")}
-        for reason, found in left.items():
-            share = sum(tensors[layer.weight] for layer in found) / max(sum(tensors.values()), 1)
-            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-            ctx.notes.append(f"prune: left out {found[0].path}{more}, {share:.1%} of the weight bytes: {reason}")
-
-    def _refit(self, gm: GraphModule, ctx: Context, picked: Sequence[tuple[Units, Tensor]]) -> None:
-        """Refit what reads, in the order that it runs; columns that read what is dropped become zero."""
-        keeps: dict[Node, Tensor] = {}
-        pending: dict[Node, Layer] = {}
-        for own, channels in picked:
-            for layer, member in own.readers:
-                keep = stays(own.group, channels, member.channels)
-                keeps[layer.node] = keeps[layer.node] & keep if layer.node in keeps else keep
-                pending[layer.node] = layer
-        for inputs in Prefix(gm, ctx, pending).inputs("refit"):
-            for layer in inputs.layers:
-                self._refit_one(gm, layer, inputs.gram, inputs.mean, keeps[layer.node])
-
-    def _refit_one(self, gm: GraphModule, layer: Layer, gram: Tensor, mean: Tensor, keep: Tensor) -> None:
-        old = operand(layer.node, "bias")
-        W = edit.attribute(gm, layer.weight).detach()
-        own_bias = isinstance(old, Node) and old.op == "get_attr" and len(old.users) == 1
-        fitted, bias = refit(W, gram, keep, self.damping, mean if own_bias or (self.bias and old is None) else None)
-        edit.set_attribute(gm, layer.weight, fitted)
-        if bias is None:
-            return
-        if old is not None:
-            own = edit.attribute(gm, old).detach()
-            edit.set_attribute(gm, old, (own.double() + bias).to(own.dtype))
-        else:
-            name = f"{str(layer.weight.target).rpartition('.')[0]}.bias"
-            edit.set_operand(layer.node, "bias", edit.add_attribute(gm, name, bias.to(W.dtype), before=layer.node))
 
 
 def _lost(score: Tensor, count: int) -> float:

@@ -1,0 +1,83 @@
+"""Drop units of channels that were picked: refit what reads them, cut the tensors, and say what has no units to drop."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ir import edit
+from ir.match import operand
+from ir.refit import refit
+from ir.selection import select, stays
+from ir.sites import Layer
+from passes.base import Context
+from passes.prefix import Prefix
+from passes.prunable import Units
+
+Picked = Sequence[tuple[Units, Tensor]]  # units, with those that stay in rising order
+
+
+def drop(gm: GraphModule, ctx: Context, picked: Picked, *, compensate: bool, damping: float, bias: bool) -> int:
+    """Refit block after block, if `compensate`, then cut; returns the number of groups that lost units.
+
+    Args:
+        gm: the graph, changed in place; the calibration data follows.
+        ctx: with calibration data, to refit.
+        picked: all units of a group may stay.
+        compensate, damping, bias: as of `prune`.
+    """
+    fewer = [(own, channels) for own, channels in picked if len(channels) < own.size]
+    if compensate and fewer:
+        _refit(gm, ctx, fewer, damping, bias)
+    ctx.rebind(select(gm, [(own.group, channels) for own, channels in fewer]))
+    return len(fewer)
+
+
+def tell_left(gm: GraphModule, ctx: Context, left: Mapping[str, Sequence[Layer]], by: str) -> None:
+    """Note the linears that have no units to drop, with the reason and their share of the weight bytes.
+
+    Args:
+        left: by reason.
+        by: the name of the pass.
+    """
+    tensors = {node: edit.attribute(gm, node).nbytes for node in gm.graph.find_nodes(op="get_attr")}
+    for reason, found in left.items():
+        share = sum(tensors[layer.weight] for layer in found) / max(sum(tensors.values()), 1)
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        ctx.notes.append(f"{by}: left out {found[0].path}{more}, {share:.1%} of the weight bytes: {reason}")
+
+
+def has_bias(layer: Layer) -> bool:
+    """Whether a linear has a bias of its own, which refitting may change."""
+    old = operand(layer.node, "bias")
+    return isinstance(old, Node) and old.op == "get_attr" and len(old.users) == 1
+
+
+def _refit(gm: GraphModule, ctx: Context, picked: Picked, damping: float, bias: bool) -> None:
+    """Refit what reads, in the order that it runs; columns that read what is dropped become zero."""
+    keeps: dict[Node, Tensor] = {}
+    pending: dict[Node, Layer] = {}
+    for own, channels in picked:
+        for layer, member in own.readers:
+            keep = stays(own.group, channels, member.channels)
+            keeps[layer.node] = keeps[layer.node] & keep if layer.node in keeps else keep
+            pending[layer.node] = layer
+    for inputs in Prefix(gm, ctx, pending).inputs("refit"):
+        for layer in inputs.layers:
+            adds = has_bias(layer) or (bias and operand(layer.node, "bias") is None)
+            W = edit.attribute(gm, layer.weight).detach()
+            fitted, change = refit(W, inputs.gram, keeps[layer.node], damping, inputs.mean if adds else None)
+            edit.set_attribute(gm, layer.weight, fitted)
+            if change is not None:
+                _add_bias(gm, layer, change)
+
+
+def _add_bias(gm: GraphModule, layer: Layer, change: Tensor) -> None:
+    old = operand(layer.node, "bias")
+    if old is not None:
+        own = edit.attribute(gm, old).detach()
+        edit.set_attribute(gm, old, (own.double() + change).to(own.dtype))
+        return
+    name = f"{str(layer.weight.target).rpartition('.')[0]}.bias"
+    dtype = edit.value(layer.weight).dtype
+    edit.set_operand(layer.node, "bias", edit.add_attribute(gm, name, change.to(dtype), before=layer.node))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from ir import edit
 from ir.match import aten, operand
@@ -30,23 +30,23 @@ def read_some(gm: GraphModule, found: Sequence[Layer], keep: Tensor) -> None:
         layer.site("input").read(gathered)
 
 
-def write_some(gm: GraphModule, layer: Layer, keep: Tensor) -> None:
+def write_some(gm: GraphModule, node: Node, keep: Tensor) -> None:
     """Let a linear write some of its channels, the others become zero: `y_K = x W_K:ᵀ + b_K`, gathered to their old places, times 0 or 1.
 
     Every runtime gathers and multiplies fast; an addition by index it does not.
 
     Args:
         gm: the graph, which is changed in place.
-        layer: a linear, its weight in floating point.
+        node: a linear, its weight in floating point.
         keep: bool `[N]`.
     """
-    node, bias = layer.node, operand(layer.node, "bias")
-    weight = edit.attribute(gm, layer.weight).detach()
-    edit.set_attribute(gm, layer.weight, taken(weight, [keep, torch.ones(weight.shape[1], dtype=torch.bool)]))
+    stored, bias = operand(node, "weight"), operand(node, "bias")
+    weight = edit.attribute(gm, stored).detach()
+    edit.set_attribute(gm, stored, taken(weight, [keep, torch.ones(weight.shape[1], dtype=torch.bool)]))
     if bias is not None:
         edit.set_attribute(gm, bias, taken(edit.attribute(gm, bias).detach(), [keep]))
     edit.infer(node)
-    behind, name = node.next, layer.path.partition("#")[0]
+    behind, name = node.next, str(stored.target).rpartition(".")[0]
     places = edit.add_attribute(gm, f"{name}.places", (keep.cumsum(0) - 1).clamp_min(0).int(), before=behind)
     there = edit.add_attribute(gm, f"{name}.there", keep.to(weight.dtype), before=behind)
     spread = edit.emit(gm, aten.index_select.default, (node, edit.value(node).ndim - 1, places), before=behind, like=node)

@@ -82,7 +82,7 @@ def drop(gm: GraphModule, dropped: Sequence[Branch]) -> Convert:
 
     Args:
         gm: the graph, which is changed in place.
-        dropped: of its branches, in order.
+        dropped: of its branches.
 
     Returns:
         What brings flat inputs of the graph as it was into the form of the graph as it is: without what dropped branches kept.
@@ -99,7 +99,10 @@ def drop(gm: GraphModule, dropped: Sequence[Branch]) -> Convert:
         for port, node in zip(signature.outputs, results, strict=True)
         if port.cached and not inside.isdisjoint(evaluate.ancestors([node], stop=totals))
     }
-    for branch in reversed(dropped):  # what one branch reads may be the total of the one before
+    order = {node: place for place, node in enumerate(gm.graph.nodes)}
+    if gone and len(gone) == sum(port.cached for port in signature.inputs):
+        raise PassError("no attention would be left, and no cache", remedy="drop less, or keep one with ignore=")
+    for branch in sorted(dropped, key=lambda branch: -order[branch.total]):  # what one branch reads may be the total of the one before
         edit.replace(branch.total, branch.stream)
     outputs = [(port, node) for port, node in zip(signature.outputs, results, strict=True) if not _of(port, gone)]
     inputs = list(zip(signature.inputs, evaluate.placeholders(gm), strict=True))

@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ir import edit
+from ir import edit, residual
 from ir.match import operand
+from ir.narrowing import read_some, write_some
 from ir.refit import refit
 from ir.selection import select, stays
 from ir.sites import Layer
 from passes.base import Context
+from passes.kinds import INPUTS, OUTPUTS, Units
 from passes.prefix import Prefix
-from passes.prunable import Units
 
 Picked = Sequence[tuple[Units, Tensor]]  # units, with those that stay in rising order
 
@@ -29,8 +31,22 @@ def drop(gm: GraphModule, ctx: Context, picked: Picked, *, compensate: bool, dam
     fewer = [(own, channels) for own, channels in picked if len(channels) < own.size]
     if compensate and fewer:
         _refit(gm, ctx, fewer, damping, bias)
-    ctx.rebind(select(gm, [(own.group, channels) for own, channels in fewer]))
+    _cut(gm, ctx, fewer)
     return len(fewer)
+
+
+def _cut(gm: GraphModule, ctx: Context, picked: Picked) -> None:
+    """Drop for good what does not stay."""
+    for own, channels in picked:
+        keep = stays(own.group, channels, torch.arange(own.size))
+        if own.what == INPUTS:
+            read_some(gm, [layer for layer, _ in own.readers], keep)
+        elif own.what == OUTPUTS:
+            write_some(gm, own.writes[0][0], keep)
+    ctx.rebind(select(gm, [(own.group, channels) for own, channels in picked if own.group.values]))
+    whole = [branch for own, _ in picked for branch in own.branches]
+    if whole:
+        ctx.rebind(residual.drop(gm, whole))
 
 
 def tell_left(gm: GraphModule, ctx: Context, left: Mapping[str, Sequence[Layer]], by: str) -> None:
@@ -62,6 +78,8 @@ def _refit(gm: GraphModule, ctx: Context, picked: Picked, damping: float, bias: 
             keep = stays(own.group, channels, member.channels)
             keeps[layer.node] = keeps[layer.node] & keep if layer.node in keeps else keep
             pending[layer.node] = layer
+    if not pending:  # nothing reads branches, or dims that are written, but the residual stream
+        return
     for inputs in Prefix(gm, ctx, pending).inputs("refit"):
         for layer in inputs.layers:
             adds = has_bias(layer) or (bias and operand(layer.node, "bias") is None)

@@ -30,8 +30,8 @@ def prepared(name: str) -> GraphModule:
     return gm
 
 
-def free(gm: GraphModule) -> list[ChannelGroup]:
-    return [group for group in channel_groups(gm, Map.SELECT) if not group.reason and group.readers]
+def free(gm: GraphModule, copies: bool = False) -> list[ChannelGroup]:
+    return [group for group in channel_groups(gm, Map.SELECT, copies=copies) if not group.reason and group.readers]
 
 
 def masked(gm: GraphModule, group: ChannelGroup, channels: Tensor) -> None:
@@ -63,6 +63,24 @@ def test_what_is_left_equals_its_masked_twin(name):
     assert max(relative_error((a,), (b,)) for a, b in zip(after, expected, strict=True)) < 1e-5
     assert sum(edit.attribute(gm, node).numel() for node in gm.graph.find_nodes(op="get_attr")) < 0.9 * before
     evaluate.run(gm, gm.meta["example"])  # the example follows
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gemma3"])
+def test_one_query_of_every_head_of_keys_can_go(name):
+    gm, twin = prepared(name), prepared(name)
+    keep = torch.tensor([1])
+    groups, twins = ([group for group in free(each, copies=True) if group.size == 2] for each in (gm, twin))
+    assert len(groups) == 2
+    for group in twins:
+        masked(twin, group, keep)
+    select(gm, [(group, keep) for group in groups])
+    edit.clean(gm)
+    verify(gm)
+    check_shapes(gm)
+    after, expected = (load(name).steps(each, lengths=LENGTHS) for each in (gm, twin))
+    assert max(relative_error((a,), (b,)) for a, b in zip(after, expected, strict=True)) < 1e-5
+    shapes = {port.name: port.shape for port in gm.meta["signature"].inputs}
+    assert shapes["past_key_values.0.key"][1] == 2  # keys stay
 
 
 @pytest.mark.parametrize("name", SAMPLES)

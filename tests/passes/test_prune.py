@@ -36,6 +36,29 @@ def test_it_runs_on_with_what_is_left(family):
     assert any("of the weights of" in note for note in ctx.notes)
 
 
+@pytest.mark.parametrize(
+    ("options", "kept_of"),
+    [
+        ("share=0.5, what=['query_heads']", [(1, 2), (1, 2)]),
+        ("share=0.25, what=['inputs', 'outputs'], multiple=16, uniform=True", [(48, 64)] * 8),
+        ("share=0.2, what=['blocks']", None),
+    ],
+)
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "fisher"])
+def test_other_units_go_by_every_criterion(options, kept_of, criterion):
+    gm, ctx = pruned("llama", f"{options}, criterion='{criterion}', tokens=64")
+    rows = [(row["kept"], row["of"]) for row in ctx.tables["pruned"]]
+    assert rows == kept_of if kept_of else sorted(rows) == [(0, 1), *[(1, 1)] * 3]
+    assert all(torch.isfinite(logits).all() for logits in load("llama").steps(gm, lengths=STEPS))
+
+
+def test_refitting_what_reads_some_dims_brings_it_nearer():
+    exact, ids = compiled("llama", "canonicalize"), torch.cat([batch["input_ids"] for batch in MANY])
+    pipeline = "canonicalize, prune(share=0.25, what=['inputs'], multiple=4, compensate={})"
+    errors = [divergence(passes.compile(load("llama").captured, pipeline.format(on), MANY), exact, ids) for on in (False, True)]
+    assert errors[1] < errors[0]
+
+
 @pytest.mark.parametrize("options", ["", ", uniform=False"])
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_the_share_is_met(share, options):
@@ -82,9 +105,20 @@ def test_a_bias_makes_up_for_the_mean():
     assert errors[1] < errors[0]
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3"])
-def test_onnx_runs_what_is_left(family):
-    pipeline = f"canonicalize, prune(share=0.35, multiple=2, {PLAIN})"
+@pytest.mark.parametrize(
+    ("family", "steps"),
+    [
+        ("llama", "prune(share=0.35, multiple=2, {})"),
+        ("phi3", "prune(share=0.35, multiple=2, {})"),
+        (
+            "llama",
+            "prune(share=0.5, what=['query_heads'], {0}), prune(share=0.154, what=['blocks'], {0}), "
+            "prune(share=0.25, what=['inputs', 'outputs'], {0})",
+        ),
+    ],
+)
+def test_onnx_runs_what_is_left(family, steps):
+    pipeline = f"canonicalize, {steps.format(PLAIN)}"
     oracle, made = (passes.compile(load(family).captured, pipeline, backend=backend) for backend in ("reference", "onnx"))
     past = None, None
     for ids in (tokens(2, 6), tokens(2, 1), tokens(2, 1, seed=3)):
@@ -92,6 +126,7 @@ def test_onnx_runs_what_is_left(family):
         assert relative_error((second.logits,), (first.logits,)) < 1e-5
         past = first.past_key_values, second.past_key_values
     assert past[1].layers[0].keys.shape[1] == kept_heads(oracle)
+    assert len(past[1].layers) == oracle.signature.layers
 
 
 def test_the_saved_folder_states_the_heads_that_are_left(tmp_path):
@@ -151,7 +186,15 @@ def test_it_refuses_what_it_cannot_do():
         run(load("llama").graph(), f"canonicalize, annotate(scheme='W4A16'), prune({PLAIN})")
     with pytest.raises(OptionError, match="matches no layer"):
         pruned("llama", f"ignore=['nothing'], {PLAIN}")
-    for options in ({"share": 1.0}, {"share": -0.1}, {"what": ("blocks",)}, {"criterion": "luck"}, {"multiple": 0}, {"damping": -1.0}):
+    for options in (
+        {"share": 1.0},
+        {"share": -0.1},
+        {"what": ("cats",)},
+        {"what": ("mlp", "inputs")},
+        {"criterion": "luck"},
+        {"multiple": 0},
+        {"damping": -1.0},
+    ):
         with pytest.raises(OptionError):
             Prune(**options)
 

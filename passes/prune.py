@@ -14,10 +14,13 @@ from passes import keeping
 from passes.base import Context, Effect, Pass
 from passes.dropping import drop, tell_left
 from passes.kinds import ALL, KINDS, TOGETHER, WHOLE, Units
+from passes.mask_learning import MaskLearning
 from passes.prunable import found_units
 from passes.query_heads import lined_up
+from passes.unit_masks import mask_scores
 from passes.unit_scores import CRITERIA
 
+MASKS = "masks"  # the criterion that is learned
 CLOSE = 0.01  # how far the share of weights that goes may be from what was asked for
 
 
@@ -55,6 +58,7 @@ class Prune(Pass):
     | wanda | `(Σ_j ‖W_:j‖² E[x_j²])^½`; of what no linear reads its norm, of branches over that of the sum | 2306.11695 |
     | taylor | `E|g·x|`, `g` the gradient at what is read | 1611.06440 |
     | fisher | `½ E[(g·x)²]`, nats a token | 1801.05787 |
+    | masks | logit of a gate, learned with all others under the share, on the divergence | 2606.07819, 2410.11988 |
 
     Limits: 1. weights are neither annotated nor quantized yet; 2. kinds that share weights are pruned one after the other; 3. what is
     written, and branches, have no reader to refit; 4. the attention that is left has to be one at least where there is a cache. Linears
@@ -72,7 +76,9 @@ class Prune(Pass):
         ignore: layers whose units stay: class names, paths, last components of paths, or `re:` and a regular expression.
         damping: λ, as a share of the mean of diag(G).
         tokens: that gradients are taken from.
-        seed: of what is drawn for them.
+        steps: that masks are learned for, each on four samples.
+        rate: that they are learned at.
+        seed: of what is drawn.
 
     Raises:
         DataError: no calibration data, unless the criterion is magnitude and nothing is refitted.
@@ -90,6 +96,8 @@ class Prune(Pass):
     ignore: tuple[str, ...] = ()
     damping: float = 0.01
     tokens: int = 8192
+    steps: int = 500
+    rate: float = 0.003
     seed: int = 0
     effect: ClassVar[Effect] = Effect.CHANGE
 
@@ -100,16 +108,16 @@ class Prune(Pass):
                 f"{self.what} share weights", where="prune(what=...)", remedy=f"prune twice; together go {', '.join(map(str, TOGETHER))}"
             )
         object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
-        if self.criterion not in CRITERIA:
+        if self.criterion not in {*CRITERIA, MASKS}:
             raise OptionError(
-                f"there is no criterion {self.criterion!r}", where="prune(criterion=...)", remedy=f"there are {list(CRITERIA)}"
+                f"there is no criterion {self.criterion!r}", where="prune(criterion=...)", remedy=f"there are {[*CRITERIA, MASKS]}"
             )
-        if not 0 <= self.share < 1 or self.multiple < 1 or self.damping < 0 or self.tokens < 1:
-            raise OptionError("a share lies from 0 to below 1, multiple and tokens are at least 1, damping at least 0", where=str(self))
+        if not 0 <= self.share < 1 or min(self.multiple, self.tokens, self.steps) < 1 or self.damping < 0 or not self.rate > 0:
+            raise OptionError("a share lies from 0 to below 1, counts are at least 1, damping at least 0, rates positive", where=str(self))
 
     def needs(self, ctx: Context) -> None:
         """Calibration data, for scores or for refitting."""
-        if self.share and not ctx.calibration and (self.compensate or CRITERIA[self.criterion].calibrated):
+        if self.share and not ctx.calibration and (self.compensate or self.criterion == MASKS or CRITERIA[self.criterion].calibrated):
             raise DataError(
                 "prune needs calibration data",
                 remedy="pass calibration=[{'input_ids': ids}, ...], or criterion='magnitude' and compensate=False",
@@ -155,13 +163,17 @@ class Prune(Pass):
             return keeping.whole(units, scores, self.share, CLOSE)
         if self.uniform:
             return keeping.uniform(units, self.share, self.multiple)
-        absolute = CRITERIA[self.criterion].absolute
+        absolute = self.criterion == MASKS or CRITERIA[self.criterion].absolute
         relative = scores if absolute else [score / score.sum().clamp_min(1e-30) for score in scores]
         return keeping.free(units, relative, self.share, self.multiple)
 
     def _scores(self, gm: GraphModule, ctx: Context, units: Sequence[Units]) -> list[Tensor]:
         """Of every unit; the heads of each group of queries are in line after it."""
-        scores = CRITERIA[self.criterion].scores(gm, ctx, [own.single for own in units], self.tokens, self.seed)
+        single = [own.single for own in units]
+        if self.criterion == MASKS:
+            scores = mask_scores(gm, ctx, single, self.share, MaskLearning(self.steps, self.rate, self.seed))
+        else:
+            scores = CRITERIA[self.criterion].scores(gm, ctx, single, self.tokens, self.seed)
         return [score if own.rows == 1 else lined_up(gm, own, score) for own, score in zip(units, scores, strict=True)]
 
     def _check(self, reached: float, ctx: Context) -> None:

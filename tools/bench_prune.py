@@ -23,7 +23,7 @@ from tools.bench_model import FULL, excess, report
 
 SHARES = {"mlp": (0.2, 0.4), "heads": (0.25, 0.5)}
 WHOLE = {"mlp": "MLP channels", "heads": "heads"}
-SECTIONS = ("mlp", "heads", "free", "both")
+SECTIONS = ("mlp", "heads", "free", "both", "units", "masks")
 
 
 @cache
@@ -92,6 +92,34 @@ def both(folder: Path, seed: int) -> list[str]:
     return [HEAD.format("heads and channels")] + [line(folder, seed, name, text) for name, text in pipelines.items()]
 
 
+def units(folder: Path, seed: int) -> list[str]:
+    """Units other than channels and whole heads."""
+    lines = [HEAD.format("units, fisher")]
+    for share, what in ((0.5, "query_heads"), (0.25, "inputs"), (0.25, "outputs")):
+        for compensate in (False, True) if what != "outputs" else (True,):
+            name = f"{share:.0%} of {what.replace('_', ' ')}{', refitted' * (compensate and what != 'outputs')}"
+            lines.append(line(folder, seed, name, f"prune(share={share}, what=['{what}'], compensate={compensate})"))
+    for name, options in {
+        "one attention of six": "share=0.1667, what=['blocks'], ignore=['re:.*mlp']",
+        "one MLP of six": "share=0.1667, what=['blocks'], ignore=['re:.*self_attn']",
+        "one layer of six": "share=0.1667, what=['layers']",
+    }.items():
+        for criterion in ("fisher", "wanda"):
+            lines.append(line(folder, seed, f"{name}, {criterion}", f"prune({options}, criterion='{criterion}')"))
+    return lines
+
+
+def masks(folder: Path, seed: int) -> list[str]:
+    """Learned masks as a criterion."""
+    lines = [HEAD.format("MLP channels, learned masks (300 steps), refitted")]
+    for share in SHARES["mlp"]:
+        for uniform in (True, False):
+            name = f"{share:.0%}, {'the same width in all layers' if uniform else 'each layer its own'}"
+            options = f"share={share}, what=['mlp'], criterion='masks', steps=300, rate=0.01, uniform={uniform}"
+            lines.append(line(folder, seed, name, f"prune({options})"))
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", type=Path)
@@ -106,6 +134,8 @@ def main() -> None:
     }
     sections["free"] = ("Widths", partial(free, folder, options.seed))
     sections["both"] = ("Heads and channels", partial(both, folder, options.seed))
+    sections["units"] = ("Query heads, dims of the residual stream, branches and layers", partial(units, folder, options.seed))
+    sections["masks"] = ("Learned masks", partial(masks, folder, options.seed))
     head = (
         f"# Pruning\n\n`python -m tools.bench_prune {folder}`, calibration seed {options.seed}, one thread, beside other work; "
         f"full precision {FULL[0]} / {FULL[1]}.\n"

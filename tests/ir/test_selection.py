@@ -11,13 +11,13 @@ from ir import edit, evaluate
 from ir.capture import capture
 from ir.channels import ChannelGroup, Map, channel_groups
 from ir.errors import PassError
-from ir.inference import check_shapes
 from ir.selection import select, stays
 from ir.text import graph_text
 from ir.verify import verify
 from passes.probe import relative_error
 from tests.families import FAMILIES, load
 from tests.ir.channels.samples import SAMPLES, sample
+from tests.ir.inference import check_shapes
 from tests.passes.samples import run, weights
 
 LENGTHS = (7, 1, 1)

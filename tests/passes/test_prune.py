@@ -52,6 +52,15 @@ def test_other_units_go_by_every_criterion(options, kept_of, criterion):
     assert all(torch.isfinite(logits).all() for logits in load("llama").steps(gm, lengths=STEPS))
 
 
+def test_masks_are_a_criterion():
+    _, ctx = pruned(
+        "llama", "share=0.3, multiple=2, what=['mlp', 'query_heads'], criterion='masks', steps=2, uniform=False", more=", w4a16(group=-1)"
+    )
+    assert any("of the weights of 4 groups" in note for note in ctx.notes)
+    with pytest.raises(OptionError):
+        Prune(criterion="masks", steps=0)
+
+
 def test_refitting_what_reads_some_dims_brings_it_nearer():
     exact, ids = compiled("llama", "canonicalize"), torch.cat([batch["input_ids"] for batch in MANY])
     pipeline = "canonicalize, prune(share=0.25, what=['inputs'], multiple=4, compensate={})"

@@ -15,8 +15,7 @@ PLAIN = "multiple=4, criterion='magnitude', compensate=False"
     ("family", "pipeline", "numbers"),
     [
         ("llama", f"prune(share=0.4, {PLAIN})", {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}),
-        ("qwen3", f"prune(share=0.4, {PLAIN})", {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}),
-        ("gemma3", f"prune(share=0.3, what=['mlp'], {PLAIN})", {"intermediate_size": 68}),
+        ("qwen2", f"prune(share=0.4, {PLAIN})", {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}),
         ("llama_tied", "untie", {}),
         ("gemma3", f"prune(share=0.5, what=['layers'], {PLAIN})", {"num_hidden_layers": 1}),
         ("llama", f"prune(share=0.5, what=['query_heads'], {PLAIN})", {"num_attention_heads": 2}),

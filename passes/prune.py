@@ -17,10 +17,12 @@ from passes.kinds import ALL, KINDS, TOGETHER, WHOLE, Units
 from passes.mask_learning import MaskLearning
 from passes.prunable import found_units
 from passes.query_heads import lined_up
+from passes.unit_losses import losses
 from passes.unit_masks import mask_scores
 from passes.unit_scores import CRITERIA
 
-MASKS = "masks"  # the criterion that is learned
+MASKS, MEASURED = "masks", "measured"  # criteria that are learned, and measured unit by unit
+KNOWN = (*CRITERIA, MASKS, MEASURED)
 CLOSE = 0.01  # how far the share of weights that goes may be from what was asked for
 
 
@@ -58,6 +60,7 @@ class Prune(Pass):
     | wanda | `(Σ_j ‖W_:j‖² E[x_j²])^½`; of what no linear reads its norm, of branches over that of the sum | 2306.11695 |
     | taylor | `E|g·x|`, `g` the gradient at what is read | 1611.06440 |
     | fisher | `½ E[(g·x)²]`, nats a token | 1801.05787 |
+    | measured | the divergence, nats a token, with the unit gone; of blocks and layers, for which estimates may be far off | |
     | masks | logit of a gate, learned with all others under the share, on the divergence | 2606.07819, 2410.11988 |
 
     Limits: 1. weights are neither annotated nor quantized yet; 2. kinds that share weights are pruned one after the other; 3. what is
@@ -75,7 +78,7 @@ class Prune(Pass):
         bias: let linears without one get a bias, which makes up for the mean of what is dropped; those that have one always use it.
         ignore: layers whose units stay: class names, paths, last components of paths, or `re:` and a regular expression.
         damping: λ, as a share of the mean of diag(G).
-        tokens: that gradients are taken from.
+        tokens: that gradients are taken from, or that are measured.
         steps: that masks are learned for, each on four samples.
         rate: that they are learned at.
         seed: of what is drawn.
@@ -108,16 +111,20 @@ class Prune(Pass):
                 f"{self.what} share weights", where="prune(what=...)", remedy=f"prune twice; together go {', '.join(map(str, TOGETHER))}"
             )
         object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
-        if self.criterion not in {*CRITERIA, MASKS}:
-            raise OptionError(
-                f"there is no criterion {self.criterion!r}", where="prune(criterion=...)", remedy=f"there are {[*CRITERIA, MASKS]}"
-            )
+        if self.criterion not in KNOWN:
+            raise OptionError(f"there is no criterion {self.criterion!r}", where="prune(criterion=...)", remedy=f"there are {list(KNOWN)}")
+        if self.criterion == MEASURED and not self._whole:
+            raise OptionError("only blocks and layers are few enough to be measured", where=str(self), remedy="criterion='fisher'")
         if not 0 <= self.share < 1 or min(self.multiple, self.tokens, self.steps) < 1 or self.damping < 0 or not self.rate > 0:
             raise OptionError("a share lies from 0 to below 1, counts are at least 1, damping at least 0, rates positive", where=str(self))
 
     def needs(self, ctx: Context) -> None:
         """Calibration data, for scores or for refitting."""
-        if self.share and not ctx.calibration and (self.compensate or self.criterion == MASKS or CRITERIA[self.criterion].calibrated):
+        if (
+            self.share
+            and not ctx.calibration
+            and (self.compensate or self.criterion not in CRITERIA or CRITERIA[self.criterion].calibrated)
+        ):
             raise DataError(
                 "prune needs calibration data",
                 remedy="pass calibration=[{'input_ids': ids}, ...], or criterion='magnitude' and compensate=False",
@@ -163,7 +170,7 @@ class Prune(Pass):
             return keeping.whole(units, scores, self.share, CLOSE)
         if self.uniform:
             return keeping.uniform(units, self.share, self.multiple)
-        absolute = self.criterion == MASKS or CRITERIA[self.criterion].absolute
+        absolute = self.criterion not in CRITERIA or CRITERIA[self.criterion].absolute
         relative = scores if absolute else [score / score.sum().clamp_min(1e-30) for score in scores]
         return keeping.free(units, relative, self.share, self.multiple)
 
@@ -172,6 +179,8 @@ class Prune(Pass):
         single = [own.single for own in units]
         if self.criterion == MASKS:
             scores = mask_scores(gm, ctx, single, self.share, MaskLearning(self.steps, self.rate, self.seed))
+        elif self.criterion == MEASURED:
+            scores = losses(gm, ctx, single, self.tokens)
         else:
             scores = CRITERIA[self.criterion].scores(gm, ctx, single, self.tokens, self.seed)
         return [score if own.rows == 1 else lined_up(gm, own, score) for own, score in zip(units, scores, strict=True)]

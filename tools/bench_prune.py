@@ -104,18 +104,18 @@ def units(folder: Path, seed: int) -> list[str]:
         "one MLP of six": "share=0.1667, what=['blocks'], ignore=['re:.*self_attn']",
         "one layer of six": "share=0.1667, what=['layers']",
     }.items():
-        for criterion in ("fisher", "wanda"):
+        for criterion in ("fisher", "wanda", "measured"):
             lines.append(line(folder, seed, f"{name}, {criterion}", f"prune({options}, criterion='{criterion}')"))
     return lines
 
 
 def masks(folder: Path, seed: int) -> list[str]:
     """Learned masks as a criterion."""
-    lines = [HEAD.format("MLP channels, learned masks (300 steps), refitted")]
+    lines = [HEAD.format("MLP channels, learned masks (150 steps), refitted")]
     for share in SHARES["mlp"]:
         for uniform in (True, False):
             name = f"{share:.0%}, {'the same width in all layers' if uniform else 'each layer its own'}"
-            options = f"share={share}, what=['mlp'], criterion='masks', steps=300, rate=0.01, uniform={uniform}"
+            options = f"share={share}, what=['mlp'], criterion='masks', steps=150, rate=0.01, uniform={uniform}"
             lines.append(line(folder, seed, name, f"prune({options})"))
     return lines
 

@@ -30,7 +30,7 @@ def read_some(gm: GraphModule, found: Sequence[Layer], keep: Tensor) -> None:
         layer.site("input").read(gathered)
 
 
-def write_some(gm: GraphModule, node: Node, keep: Tensor) -> None:
+def write_some(gm: GraphModule, node: Node, keep: Tensor, *, filled: bool = False) -> Node | None:
     """Let a linear write some of its channels, the others become zero: `y_K = x W_K:ᵀ + b_K`, gathered to their old places, times 0 or 1.
 
     Every runtime gathers and multiplies fast; an addition by index it does not.
@@ -39,6 +39,10 @@ def write_some(gm: GraphModule, node: Node, keep: Tensor) -> None:
         gm: the graph, which is changed in place.
         node: a linear, its weight in floating point.
         keep: bool `[N]`.
+        filled: add a stored vector `[N]` of zeros, which may be given values for the channels that are not written.
+
+    Returns:
+        The get_attr node of that vector, if asked for.
     """
     stored, bias = operand(node, "weight"), operand(node, "bias")
     weight = edit.attribute(gm, stored).detach()
@@ -51,4 +55,7 @@ def write_some(gm: GraphModule, node: Node, keep: Tensor) -> None:
     there = edit.add_attribute(gm, f"{name}.there", keep.to(weight.dtype), before=behind)
     spread = edit.emit(gm, aten.index_select.default, (node, edit.value(node).ndim - 1, places), before=behind, like=node)
     whole = edit.emit(gm, aten.mul.Tensor, (spread, there), before=behind, like=node)
-    node.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not spread)
+    fill = edit.add_attribute(gm, f"{name}.fill", torch.zeros(len(keep), dtype=weight.dtype), before=behind) if filled else None
+    last = whole if fill is None else edit.emit(gm, aten.add.Tensor, (whole, fill), before=behind, like=node)
+    node.replace_all_uses_with(last, delete_user_cb=lambda user: user is not spread)
+    return fill

@@ -64,8 +64,8 @@ class Prune(Pass):
     | masks | logit of a gate, learned with all others under the share, on the divergence | 2606.07819, 2410.11988 |
 
     Limits: 1. weights are neither annotated nor quantized yet; 2. kinds that share weights are pruned one after the other; 3. what is
-    written, and branches, have no reader to refit; 4. the attention that is left has to be one at least where there is a cache. Linears
-    without units that can be dropped are noted, with the reason.
+    written, and branches, have no reader to refit (`bias` makes up for the mean of the former); 4. where there is a cache, one attention
+    has to be left. Linears without units that can be dropped are noted, with the reason.
 
     Args:
         share: of the weights of all units, to drop; it is met to 1 %.
@@ -75,7 +75,8 @@ class Prune(Pass):
             least is lost over all (scores of magnitude and wanda count as shares of their group's sum), as always of blocks and layers.
         criterion: of the table.
         compensate: refit what reads.
-        bias: let linears without one get a bias, which makes up for the mean of what is dropped; those that have one always use it.
+        bias: let linears without one get a bias, which makes up for the mean of what is dropped, and so too for dims that are not
+            written; those that have one always use it.
         ignore: layers whose units stay: class names, paths, last components of paths, or `re:` and a regular expression.
         damping: λ, as a share of the mean of diag(G).
         tokens: that gradients are taken from, or that are measured.

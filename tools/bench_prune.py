@@ -95,10 +95,15 @@ def both(folder: Path, seed: int) -> list[str]:
 def units(folder: Path, seed: int) -> list[str]:
     """Units other than channels and whole heads."""
     lines = [HEAD.format("units, fisher")]
-    for share, what in ((0.5, "query_heads"), (0.25, "inputs"), (0.25, "outputs")):
-        for compensate in (False, True) if what != "outputs" else (True,):
-            name = f"{share:.0%} of {what.replace('_', ' ')}{', refitted' * (compensate and what != 'outputs')}"
-            lines.append(line(folder, seed, name, f"prune(share={share}, what=['{what}'], compensate={compensate})"))
+    rows = {
+        "50% of query heads": "share=0.5, what=['query_heads'], compensate=False",
+        "50% of query heads, refitted": "share=0.5, what=['query_heads']",
+        "25% of inputs": "share=0.25, what=['inputs'], compensate=False",
+        "25% of inputs, refitted": "share=0.25, what=['inputs']",
+        "25% of outputs": "share=0.25, what=['outputs']",
+        "25% of outputs, with means": "share=0.25, what=['outputs'], bias=True",
+    }
+    lines += [line(folder, seed, name, f"prune({options})") for name, options in rows.items()]
     for name, options in {
         "one attention of six": "share=0.1667, what=['blocks'], ignore=['re:.*mlp']",
         "one MLP of six": "share=0.1667, what=['blocks'], ignore=['re:.*self_attn']",

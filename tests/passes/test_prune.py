@@ -68,6 +68,13 @@ def test_refitting_what_reads_some_dims_brings_it_nearer():
     assert errors[1] < errors[0]
 
 
+def test_a_vector_makes_up_for_the_mean_of_dims_that_are_not_written():
+    exact, ids = compiled("gpt2", "canonicalize"), torch.cat([batch["input_ids"] for batch in MANY])
+    pipeline = "canonicalize, prune(share=0.25, what=['outputs'], criterion='magnitude', bias={})"
+    errors = [divergence(passes.compile(load("gpt2").captured, pipeline.format(on), MANY), exact, ids) for on in (False, True)]
+    assert errors[1] < errors[0]
+
+
 @pytest.mark.parametrize("options", ["", ", uniform=False"])
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_the_share_is_met(share, options):

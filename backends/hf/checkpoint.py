@@ -71,7 +71,8 @@ def lower(gm: GraphModule, notes: list[str]) -> Checkpoint:
             notes.append(f"hf: {architecture} with {changed or 'its own configuration'}; its logits differ by {difference:.1e}")
             return Checkpoint(gm, model, changed)
         failure = f"with its shapes the class gives other logits (relative difference {difference:.1e})"
-    raise _refusal(architecture, failure, {name for name in known if tied(original)[name].isdisjoint(stored)} if not left else set())
+    missing = set() if left else {name for name, names in tied(original).items() if names.isdisjoint(stored)}
+    raise _refusal(architecture, failure, missing)
 
 
 def load(directory: Path) -> Checkpoint:

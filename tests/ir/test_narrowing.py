@@ -11,7 +11,7 @@ from tests.families import load
 from tests.passes.samples import run
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])  # bare, behind norms, with biases
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # bare, with biases
 def test_what_is_left_equals_its_masked_twin(name):
     gm, twin = (load(name).graph() for _ in range(2))
     run(gm, "canonicalize")

@@ -17,7 +17,7 @@ def prepared(name):
     return gm
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3", "gpt2", "gpt_neox", "bert"])
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox", "bert"])
 def test_attentions_and_mlps_are_branches(name):
     found = branches(prepared(name))
     if name == "gpt_neox":  # one branch a layer, of both side by side

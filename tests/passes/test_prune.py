@@ -37,15 +37,16 @@ def test_it_runs_on_with_what_is_left(family):
 
 
 @pytest.mark.parametrize(
-    ("options", "kept_of"),
+    ("options", "criterion", "kept_of"),
     [
-        ("share=0.5, what=['query_heads']", [(1, 2), (1, 2)]),
-        ("share=0.25, what=['inputs', 'outputs'], multiple=16, uniform=True", [(48, 64)] * 8),
-        ("share=0.2, what=['blocks']", None),
+        ("share=0.5, what=['query_heads']", "fisher", [(1, 2), (1, 2)]),
+        ("share=0.5, what=['query_heads']", "wanda", [(1, 2), (1, 2)]),
+        ("share=0.25, what=['inputs', 'outputs'], multiple=16, uniform=True", "fisher", [(48, 64)] * 8),
+        ("share=0.2, what=['blocks']", "wanda", None),
+        ("share=0.2, what=['blocks']", "magnitude", None),
     ],
 )
-@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "fisher"])
-def test_other_units_go_by_every_criterion(options, kept_of, criterion):
+def test_other_units_go_too(options, criterion, kept_of):
     gm, ctx = pruned("llama", f"{options}, criterion='{criterion}', tokens=64")
     rows = [(row["kept"], row["of"]) for row in ctx.tables["pruned"]]
     assert rows == kept_of if kept_of else sorted(rows) == [(0, 1), *[(1, 1)] * 3]
@@ -207,6 +208,8 @@ def test_it_refuses_what_it_cannot_do():
         {"share": -0.1},
         {"what": ("cats",)},
         {"what": ("mlp", "inputs")},
+        {"criterion": "measured"},
+        {"rate": 0.0},
         {"criterion": "luck"},
         {"multiple": 0},
         {"damping": -1.0},

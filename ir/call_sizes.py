@@ -72,9 +72,13 @@ def _sections(name: str) -> Callable[[Node, Kept], None]:
 
 
 def _repeats(node: Node, kept: Kept) -> None:
-    """The size of the result, which the caller may state."""
+    """How often, if copies are dropped, and the size of the result, which the caller may state."""
+    source, axis = node.args[0], operand(node, "dim")
+    size = count(kept[node][0][axis])
+    if isinstance(source, Node) and isinstance(edit.value(source).shape[axis], int):
+        edit.set_operand(node, "repeats", size // edit.value(source).shape[axis])
     if operands(node)["output_size"] is not None:
-        edit.set_operand(node, "output_size", count(kept[node][0][operand(node, "dim")]))
+        edit.set_operand(node, "output_size", size)
 
 
 ROWS: dict[Any, Callable[[Node, Kept], None]] = {

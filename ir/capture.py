@@ -39,7 +39,7 @@ def capture(model: nn.Module, args: Sequence[Any] | None = None, kwargs: Mapping
 
     Returns:
         A `GraphModule` whose placeholders and outputs are flat tensors, with `meta["signature"]`, `meta["example"]` (flat inputs) and, for
-        Hugging Face models, `meta["config"]`.
+        Hugging Face models, `meta["config"]`, `meta["architecture"]` (the name of their class) and `meta["generation"]`.
 
     Raises:
         CaptureError: the model's code cannot be traced, or its kind is not supported.
@@ -158,7 +158,8 @@ def _capture_pretrained(model: transformers.PreTrainedModel, inputs: Inputs) -> 
             for i, leaf in enumerate(pytree.tree_leaves(v)):
                 outputs[int(leaf)] = f"{PRESENT}.{i // 2}.{CACHE_PARTS[i % 2]}" if field == CACHE else f"{field}.{i}"
     gm = _flat(program, names, outputs, example, output_class=type(result).__name__, positional=tuple(n for n in names if "." not in n))
-    gm.meta["config"] = model.config
+    gm.meta["config"], gm.meta["architecture"] = model.config, type(model).__name__
+    gm.meta["generation"] = getattr(model, "generation_config", None)
     return gm
 
 

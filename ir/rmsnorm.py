@@ -63,7 +63,8 @@ def raise_rms_norm(gm: GraphModule) -> int:
     After:  `rms_norm(%x, [64], %w, 1e-6)`
 
     `aten.rms_norm` computes in float32 and rounds once, at the end, so the result is at least as exact as the spelling it replaces. A gain
-    that is computed from one parameter, Gemma's `1 + w`, becomes a parameter `….gain` in the dtype that it was computed in.
+    that is computed from one parameter, Gemma's `1 + w`, becomes a parameter `….gain` in the dtype that it was computed in;
+    `gm.meta["computed"]` holds, by its name, the name of the parameter it came from, that parameter, and the gain.
 
     Limits: 1. only over the last axis, of fixed size. 2. a gain that is not a vector of that size stays a multiplication of its own.
     """
@@ -149,7 +150,9 @@ def _gain(gm: GraphModule, expression: Node, gains: dict[Node, Node]) -> Node:
         parameter = _parameter(plain)
         assert parameter is not None
         name = f"{str(parameter.target).rpartition('.')[0]}.gain".removeprefix(".")
-        gains[plain] = add_attribute(gm, name, _evaluate(gm, plain), before=parameter.next)
+        gains[plain] = made = add_attribute(gm, name, _evaluate(gm, plain), before=parameter.next)
+        origin = (str(parameter.target), attribute(gm, parameter).detach(), attribute(gm, made).detach())
+        gm.meta["computed"] = {**gm.meta.get("computed", {}), str(made.target): origin}
     return gains[plain]
 
 

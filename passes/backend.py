@@ -24,7 +24,7 @@ class Executable(Protocol):
 
 
 class Backend(Protocol):
-    """A target: reference, onnx, or a third party's from the entry-point group `fxpress.backends`."""
+    """A target: reference, onnx, hf, or a third party's from the entry-point group `fxpress.backends`."""
 
     @property
     def name(self) -> str:

@@ -50,7 +50,7 @@ def compile_(
     pipeline: Annotated[str, typer.Option(help="A preset, or passes: 'w4a16(group=32)'.")] = "",
     recipe: Annotated[Path | None, typer.Option(help="Replay this recipe.yaml instead, on the same windows of the same texts.")] = None,
     calibration: Annotated[list[Path] | None, typer.Option(help="A text file to calibrate on; may be repeated.")] = None,
-    backend: Annotated[str, typer.Option(help="reference, onnx, or another one's entry point. [default: the recipe's, or onnx]")] = "",
+    backend: Annotated[str, typer.Option(help="reference, onnx, hf, or another one's entry point. [default: the recipe's, or onnx]")] = "",
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     window: Window = 256,
     seed: Annotated[int | None, typer.Option(help="Of everything random. [default: the recipe's, or 0]")] = None,

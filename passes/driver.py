@@ -49,7 +49,7 @@ def compile(
         model: a `PreTrainedModel`, any module (with example `args`/`kwargs`), or a captured graph. It is left bit-identical.
         pipeline: a preset's name or pipeline text, passes, or a recipe to replay.
         calibration: batches: dicts of inputs, token tensors, or a `DataLoader`.
-        backend: "reference" (default; the recipe's own in a replay), "onnx", another one's entry point, or a backend object with options.
+        backend: "reference" (default; the recipe's own in a replay), "onnx", "hf", another one's entry point, or an object.
         args: example positional inputs, for plain modules.
         kwargs: example keyword inputs.
         seed: of everything random.

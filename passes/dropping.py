@@ -1,18 +1,21 @@
 """Drop units of channels that were picked: refit what reads them, cut the tensors, and say what has no units to drop."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ir import edit
+from ir import edit, residual
 from ir.match import operand
+from ir.narrowing import read_some, write_some
 from ir.refit import refit
 from ir.selection import select, stays
-from ir.sites import Layer
+from ir.sites import Layer, layers
 from passes.base import Context
+from passes.kinds import INPUTS, OUTPUTS, Units
 from passes.prefix import Prefix
-from passes.prunable import Units
 
 Picked = Sequence[tuple[Units, Tensor]]  # units, with those that stay in rising order
 
@@ -27,10 +30,54 @@ def drop(gm: GraphModule, ctx: Context, picked: Picked, *, compensate: bool, dam
         compensate, damping, bias: as of `prune`.
     """
     fewer = [(own, channels) for own, channels in picked if len(channels) < own.size]
+    fills = _write_less(gm, fewer, filled=compensate and bias)  # before refitting, which sees what is written no more
     if compensate and fewer:
-        _refit(gm, ctx, fewer, damping, bias)
-    ctx.rebind(select(gm, [(own.group, channels) for own, channels in fewer]))
+        _refit(gm, ctx, fewer, damping, bias, fills)
+    _cut(gm, ctx, fewer)
     return len(fewer)
+
+
+@dataclass(frozen=True)
+class _Fill:
+    """A vector that makes up for the mean of what a linear does not write any more: its node, and the rows and biases that are gone."""
+
+    node: Node
+    gone: Tensor
+    W: Tensor
+    b: Tensor | float
+
+    def give(self, gm: GraphModule, mean: Tensor) -> None:
+        """Fill in `W E[x] + b`."""
+        value = torch.zeros(len(self.gone), dtype=torch.float64)
+        value[self.gone] = self.W.double() @ mean.double() + self.b
+        edit.set_attribute(gm, self.node, value.to(self.W.dtype))
+
+
+def _write_less(gm: GraphModule, picked: Picked, *, filled: bool) -> dict[Node, _Fill]:
+    """Drop dims that are written."""
+    fills = {}
+    for own, channels in picked:
+        if own.what == OUTPUTS:
+            node = own.writes[0][0]
+            keep = stays(own.group, channels, torch.arange(own.size))
+            stored, bias = operand(node, "weight"), operand(node, "bias")
+            W = edit.attribute(gm, stored).detach()[~keep]
+            b = edit.attribute(gm, bias).detach()[~keep] if bias is not None else 0.0
+            fill = write_some(gm, node, keep, filled=filled)
+            if fill is not None:
+                fills[node] = _Fill(fill, ~keep, W, b)
+    return fills
+
+
+def _cut(gm: GraphModule, ctx: Context, picked: Picked) -> None:
+    """Drop for good what else does not stay."""
+    for own, channels in picked:
+        if own.what == INPUTS:
+            read_some(gm, [layer for layer, _ in own.readers], stays(own.group, channels, torch.arange(own.size)))
+    ctx.rebind(select(gm, [(own.group, channels) for own, channels in picked if own.group.values]))
+    whole = [branch for own, _ in picked for branch in own.branches]
+    if whole:
+        ctx.rebind(residual.drop(gm, whole))
 
 
 def tell_left(gm: GraphModule, ctx: Context, left: Mapping[str, Sequence[Layer]], by: str) -> None:
@@ -53,17 +100,23 @@ def has_bias(layer: Layer) -> bool:
     return isinstance(old, Node) and old.op == "get_attr" and len(old.users) == 1
 
 
-def _refit(gm: GraphModule, ctx: Context, picked: Picked, damping: float, bias: bool) -> None:
+def _refit(gm: GraphModule, ctx: Context, picked: Picked, damping: float, bias: bool, fills: Mapping[Node, _Fill]) -> None:
     """Refit what reads, in the order that it runs; columns that read what is dropped become zero."""
     keeps: dict[Node, Tensor] = {}
-    pending: dict[Node, Layer] = {}
+    pending: dict[Node, Layer] = {layer.node: layer for layer in layers(gm) if layer.node in fills}
     for own, channels in picked:
         for layer, member in own.readers:
             keep = stays(own.group, channels, member.channels)
             keeps[layer.node] = keeps[layer.node] & keep if layer.node in keeps else keep
             pending[layer.node] = layer
+    if not pending:  # nothing reads branches but the residual stream
+        return
     for inputs in Prefix(gm, ctx, pending).inputs("refit"):
         for layer in inputs.layers:
+            if layer.node in fills:
+                fills[layer.node].give(gm, inputs.mean)
+            if layer.node not in keeps:
+                continue
             adds = has_bias(layer) or (bias and operand(layer.node, "bias") is None)
             W = edit.attribute(gm, layer.weight).detach()
             fitted, change = refit(W, inputs.gram, keeps[layer.node], damping, inputs.mean if adds else None)

@@ -4,13 +4,13 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ir import edit, evaluate
+from ir import edit
 from ir.errors import DataError, OptionError
 from ir.schemes import bits_of, change_bits
 from ir.signature import Signature
@@ -18,9 +18,8 @@ from ir.sites import Layer
 from ir.split import rows_of, split_best, splittable
 from ir.weights import stored_bits
 from passes.base import Context, Effect, Pass
-from passes.descent import shuffled, some_rows
-from passes.divergence import of_outputs, own_outputs
-from passes.masks import MaskGenerator, distance_to, gate, hard, mixed_linear
+from passes.mask_learning import MaskLearning, by_weight
+from passes.masks import mixed_linear
 from passes.observation import mean_squares
 
 LOSSES = ("divergence", "cross_entropy")
@@ -121,8 +120,7 @@ class LearnMasks(Pass):
         rows = [rows_of(found) for found in whole.values()]
         with torch.enable_grad():
             logits = self._learned(gm, ctx, whole, rows, share)
-        least = min(float(own.min()) for own in logits)
-        scores = {source: (own - least) * count for source, own, count in zip(whole, logits, rows, strict=True)}
+        scores = dict(zip(whole, by_weight(logits, rows), strict=True))
         order = mean_squares(gm, ctx, whole) if self.order else {}
         taken, changed = split_best(gm, whole, scores, share, self.multiple, self.high, order)
         ctx.notes.append(f"learn_masks: {taken:.2%} of the weights in {self.high}, in {changed} linears")
@@ -132,38 +130,15 @@ class LearnMasks(Pass):
         self, gm: GraphModule, ctx: Context, whole: Mapping[Node, Sequence[Layer]], rows: Sequence[int], share: float
     ) -> list[Tensor]:
         """The logits of all masks."""
-        outputs = own_outputs(gm)
-        nodes = evaluate.calls_for(gm, outputs)
-        sizes = [int(edit.value(source).shape[-1]) for source in whole]
-        total = float(sum(map(int.__mul__, sizes, rows)))
-        drawn = torch.Generator().manual_seed(self.seed)
-        masks = MaskGenerator(sizes, drawn)
-        optimizer = torch.optim.AdamW(masks.parameters(), lr=self.rate, weight_decay=0.05)
-        samples = shuffled(list(ctx.calibration), self.seed)
         pairs = [
             (place, layer.node, layer.mark, change_bits(layer, self.high)) for place, found in enumerate(whole.values()) for layer in found
         ]
-        for _ in ctx.track(range(self.steps), "learn masks"):
-            batch, generator = next(samples)
-            given = evaluate.bind(gm, some_rows(batch, self.rows, generator))
-            gates = [gate(logits, drawn) for logits in masks()]
-            spent = torch.stack([hard(own).sum() * count for own, count in zip(gates, rows, strict=True)]).sum() / total
-            instead = {node: partial(mixed_linear, low, high, gates[place]) for place, node, low, high in pairs}
-            found = evaluate.evaluate(gm, nodes, given, list(outputs), instead=instead, grad=True)
-            loss = self._loss(gm, nodes, given, found, outputs) + self.strength * distance_to(share, spent.clamp_min(1e-6))
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        with torch.no_grad():
-            final: list[Tensor] = masks()
-        return final
 
-    def _loss(self, gm: GraphModule, nodes: Sequence[Node], given: Mapping[Node, Any], found: Mapping[Node, Any], outputs: Any) -> Tensor:
-        if self.loss == "divergence":
-            return of_outputs(found, evaluate.evaluate(gm, nodes, given, list(outputs)), outputs)
-        ids = next(iter(given.values()))
-        logits = next(found[node] for node, name in outputs.items() if name == "logits")
-        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        def gated(gates: Sequence[Tensor]) -> dict[Node, partial[Tensor]]:
+            return {node: partial(mixed_linear, low, high, gates[place]) for place, node, low, high in pairs}
+
+        learning = MaskLearning(self.steps, self.rate, self.seed, self.rows, self.strength, self.loss == "cross_entropy")
+        return learning.logits(gm, ctx, [int(edit.value(source).shape[-1]) for source in whole], rows, share, gated)
 
 
 def _size(layer: Layer, high: str, share: float) -> int:

@@ -1,54 +1,22 @@
-"""What can be pruned: units of channels that only linears make and read, and why the rest is left."""
+"""What can be pruned: units that only linears make and read, or branches, and why the rest is left."""
 
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from ir import edit
 from ir.channels import ChannelGroup, Map, Member, channel_groups
 from ir.match import aten
 from ir.sites import Layer, heads, layers, matches
+from passes.branch_units import branch_units
+from passes.kinds import ALL, BLOCKS, HEADS, INPUTS, KINDS, LAYERS, MLP, OUTPUTS, QUERY_HEADS, Units, elements
 
-MLP, HEADS = "mlp", "heads"
-KINDS = (MLP, HEADS)
+__all__ = ["ALL", "HEADS", "KINDS", "MLP", "Units", "found_units"]
+
 PLACE = re.compile(r"\.\d+\.")  # of a layer among its like: reasons are told once for all
 ATTENTION = (aten.scaled_dot_product_attention.default, aten.softmax.int)
-
-
-@dataclass(frozen=True)
-class Units:
-    """A group of channels, each of which, a *unit*, can be dropped: a channel between linears, or a head of keys and what goes with it.
-
-    Args:
-        group: of kind SELECT.
-        what: "mlp" or "heads".
-        readers: the linears that read the units, with the columns that belong to each.
-        weights: of one unit, in all tensors.
-    """
-
-    group: ChannelGroup
-    what: str
-    readers: tuple[tuple[Layer, Member], ...]
-    weights: int
-
-    @property
-    def size(self) -> int:
-        """How many units there are."""
-        return self.group.size
-
-    @property
-    def paths(self) -> set[str]:
-        """The tensors that make or read them."""
-        return {member.path for member in self.group.members}
-
-    @property
-    def path(self) -> str:
-        """What people call it: the first linear that reads it."""
-        return self.readers[0][0].path
+BRANCHES = {INPUTS, OUTPUTS, BLOCKS, LAYERS}
 
 
 def found_units(gm: GraphModule, what: Collection[str], ignore: Collection[str]) -> tuple[list[Units], dict[str, list[Layer]]]:
@@ -57,12 +25,18 @@ def found_units(gm: GraphModule, what: Collection[str], ignore: Collection[str])
     for layer in layers(gm):
         if layer.kind == "Linear" and layer.weight.op == "get_attr":
             linears.setdefault(str(layer.weight.target), []).append(layer)
-    groups = channel_groups(gm, Map.SELECT)
-    units = [made for group in groups if (made := _units(gm, group, linears)) is not None]
+    groups: list[ChannelGroup] = []
+    if BRANCHES.isdisjoint(what):
+        groups = channel_groups(gm, Map.SELECT, copies=QUERY_HEADS in what)
+        units = [made for group in groups if (made := _units(gm, group, linears)) is not None]
+    else:
+        units = branch_units(gm, what)
     held = {path for path, found in linears.items() if any(matches(layer, pattern) for layer in found for pattern in ignore)}
     asked = [own for own in units if own.what in what]
     free = [own for own in asked if held.isdisjoint(own.paths)]
     why = {path: "they are not asked for" for own in units for path in own.paths}
+    if QUERY_HEADS in what:
+        why |= {path: "each head of keys has one of queries" for own in units if own.what == HEADS for path in own.paths}
     why |= {path: "they are ignored" for own in asked for path in own.paths}
     taken = {path for own in free for path in own.paths}
     outputs = heads(gm)
@@ -71,7 +45,7 @@ def found_units(gm: GraphModule, what: Collection[str], ignore: Collection[str])
         if path not in taken and found[0].node not in outputs:
             left.setdefault(why.get(path) or _reason(groups, path), []).append(found[0])
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
-    return sorted(free, key=lambda own: order[own.readers[0][0].node]), left
+    return sorted(free, key=lambda own: min(order[node] for node in own.felt)), left
 
 
 def _units(gm: GraphModule, group: ChannelGroup, linears: dict[str, list[Layer]]) -> Units | None:
@@ -80,30 +54,24 @@ def _units(gm: GraphModule, group: ChannelGroup, linears: dict[str, list[Layer]]
     written = any(member.path in linears for member in group.writers)
     if group.reason or group.size < 2 or not written or len(readers) < len(group.readers):
         return None
-    what = HEADS if any(node.target in ATTENTION for node in group.values) else MLP
-    weights = sum(_elements(gm, member) for member in group.members)
-    return Units(group, what, tuple(readers), weights // group.size)
+    weights = sum(elements(gm, member) for member in group.members) // group.size
+    attending = [places[0] for node, places in group.values.items() if node.target in ATTENTION]
+    if not attending:
+        return Units(group, MLP, tuple(readers), weights)
+    if _places(group.writers) > _places(group.readers):  # keys and values among them
+        return Units(group, HEADS, tuple(readers), weights)
+    return Units(group, QUERY_HEADS, tuple(readers), weights, rows=attending[0].shape[-3] // group.size)
 
 
-def _elements(gm: GraphModule, member: Member) -> int:
-    tensor = edit.attribute(gm, member.node)
-    return int((member.channels >= 0).sum()) * tensor.numel() // tensor.shape[member.axis]
+def _places(members: Iterable[Member]) -> int:
+    """How many rows or columns of matrices these are."""
+    return sum(int((member.channels >= 0).sum()) for member in members if edit.value(member.node).ndim > 1)
 
 
 def _reason(groups: Iterable[ChannelGroup], path: str) -> str:
     """Why a weight has no units: of its groups, the first between two weights, or else the one with the fewest."""
     own = [group for group in groups if any(member.path == path for member in group.members)]
+    if not own:
+        return "no addition to the residual stream is made of them alone"
     told = min(own, key=lambda group: (not (group.writers and group.readers), len(group.members)))
     return PLACE.sub(".*.", told.reason) or ("they are one unit" if told.size < 2 else "they are not between linears")
-
-
-def summed(values: Tensor, member: Member, size: int) -> Tensor:
-    """Sums `[..., size]` over the places of each unit of values `[..., places]` along a member's axis."""
-    own = member.channels >= 0
-    out = torch.zeros(*values.shape[:-1], size, dtype=values.dtype, device=values.device)
-    return out.index_add_(-1, member.channels[own].to(values.device), values[..., own])
-
-
-def source(layer: Layer) -> Node:
-    """The tensor that a linear reads."""
-    return layer.site("input").operand

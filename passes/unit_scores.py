@@ -1,6 +1,6 @@
 """How much each unit matters: criteria of pruning, a row for each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +9,11 @@ from torch.fx import GraphModule, Node
 
 from ir import edit
 from ir.channels import Member
+from ir.sites import Layer, readers
 from passes.base import Context
 from passes.gradients import take_gradients
-from passes.observation import mean_squares
-from passes.prunable import Units, source, summed
+from passes.kinds import Units, summed
+from passes.observation import TOKENS, mean_squares, sampled, watch
 
 
 @dataclass(frozen=True)
@@ -31,23 +32,54 @@ class Criterion:
 
 
 def magnitude(gm: GraphModule, ctx: Context, units: Sequence[Units], tokens: int, seed: int) -> list[Tensor]:
-    """`‖writers‖ · ‖readers‖`: the norms of a unit's rows in all tensors that make it, and of its columns in those that read it."""
+    """`‖writers‖ · ‖readers‖`: the norms of a unit's rows in all tensors that make it, and of its columns in those that read it, if any."""
 
-    def norm(own: Units, writes: bool) -> Tensor:
-        members = own.group.writers if writes else own.group.readers
-        return sum((summed(_squares(gm, member.node, member.axis), member, own.size) for member in members), torch.zeros(own.size)).sqrt()
+    def norm(own: Units, members: Sequence[Member]) -> Tensor:
+        parts = [summed(_squares(gm, member.node, member.axis), member.channels, own.size) for member in members]
+        return torch.stack(parts).sum(0).sqrt() if parts else torch.ones(own.size)
 
-    return [norm(own, True) * norm(own, False) for own in units]
+    return [norm(own, own.group.writers) * norm(own, own.group.readers) for own in units]
 
 
 def wanda(gm: GraphModule, ctx: Context, units: Sequence[Units], tokens: int, seed: int) -> list[Tensor]:
-    """`(Σ_j ‖W_:j‖² E[x_j²])^½` over the columns of a unit: Wanda (2306.11695, section 3) summed over what goes together."""
-    moments = mean_squares(gm, ctx, {source(layer) for own in units for layer, _ in own.readers})
+    """`(Σ_j ‖W_:j‖² E[x_j²])^½` over the columns of a unit: Wanda (2306.11695, section 3) summed over what goes together.
+
+    Of what no linear reads, `(Σ_j E[y_j²])^½`; of branches as a share of what they are added up to.
+    """
+    totals = {node: branch.total for own in units for branch in own.branches for node in [branch.value]}
+    moments = _moments(gm, ctx, {node for own in units for node in own.felt} | set(totals.values()))
     scores = []
     for own in units:
-        parts = [summed(_squares(gm, member.node, member.axis) * moments[source(layer)], member, own.size) for layer, member in own.readers]
+        parts = [
+            summed(_squares(gm, member.node, member.axis) * moments[source(layer)], member.channels, own.size)
+            for layer, member in own.readers
+        ]
+        for node, channels in own.writes:
+            share = 1 / moments[totals[node]].sum().clamp_min(1e-30) if node in totals else 1.0
+            parts.append(summed(moments[node], channels, own.size) * share)
         scores.append(torch.stack(parts).sum(0).sqrt())
     return scores
+
+
+def _moments(gm: GraphModule, ctx: Context, nodes: Collection[Node]) -> dict[Node, Tensor]:
+    """`E[x²] [channels]`, float32: of tensors that linears read from the statistics there are, if there are."""
+    found = mean_squares(gm, ctx, nodes) if set(readers(gm)).issuperset(nodes) else {}
+    sums = {node: torch.zeros(edit.value(node).shape[-1], dtype=torch.float64) for node in nodes if node not in found}
+    seen = dict.fromkeys(sums, 0)
+
+    def add(node: Node, x: Tensor) -> None:
+        rows = x.flatten(0, -2).double()
+        sums[node] += rows.square().sum(0)
+        seen[node] += len(rows)
+
+    if sums:
+        watch(gm, sampled(ctx, TOKENS), sums, add, "observe")
+    return found | {node: (total / max(seen[node], 1)).float() for node, total in sums.items()}
+
+
+def source(layer: Layer) -> Node:
+    """The tensor that a linear reads."""
+    return layer.site("input").operand
 
 
 def _squares(gm: GraphModule, node: Node, axis: int) -> Tensor:
@@ -66,17 +98,17 @@ def fisher(gm: GraphModule, ctx: Context, units: Sequence[Units], tokens: int, s
 
 
 def _felt(gm: GraphModule, ctx: Context, units: Sequence[Units], tokens: int, seed: int, of: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """The mean over tokens of a function of `Σ_j g_j x_j`, `g` the gradient of a sampled log likelihood at what readers read."""
+    """The mean over tokens of a function of `Σ_j g_j x_j`, `g` the gradient of a sampled log likelihood where dropping a unit is felt."""
     sums = [torch.zeros(own.size, dtype=torch.float64) for own in units]
-    at: dict[Node, list[tuple[int, Member]]] = {}
+    at: dict[Node, list[tuple[int, Tensor]]] = {}
     for index, own in enumerate(units):
-        for x, member in {source(layer): member for layer, member in own.readers}.items():
-            at.setdefault(x, []).append((index, member))
+        for x, channels in own.felt.items():
+            at.setdefault(x, []).append((index, channels))
 
     def add(node: Node, x: Tensor, gradient: Tensor) -> None:
         product = (x * gradient).flatten(0, -2).double()
-        for index, member in at[node]:
-            sums[index] += of(summed(product, member, units[index].size)).sum(0)
+        for index, channels in at[node]:
+            sums[index] += of(summed(product, channels, units[index].size)).sum(0)
 
     seen = take_gradients(gm, ctx, at, add, tokens, seed)
     return [(total / max(seen, 1)).float() for total in sums]

@@ -23,7 +23,7 @@ from tools.bench_model import FULL, excess, report
 
 SHARES = {"mlp": (0.2, 0.4), "heads": (0.25, 0.5)}
 WHOLE = {"mlp": "MLP channels", "heads": "heads"}
-SECTIONS = ("mlp", "heads", "free", "both")
+SECTIONS = ("mlp", "heads", "free", "both", "units", "masks")
 
 
 @cache
@@ -92,6 +92,39 @@ def both(folder: Path, seed: int) -> list[str]:
     return [HEAD.format("heads and channels")] + [line(folder, seed, name, text) for name, text in pipelines.items()]
 
 
+def units(folder: Path, seed: int) -> list[str]:
+    """Units other than channels and whole heads."""
+    lines = [HEAD.format("units, fisher")]
+    rows = {
+        "50% of query heads": "share=0.5, what=['query_heads'], compensate=False",
+        "50% of query heads, refitted": "share=0.5, what=['query_heads']",
+        "25% of inputs": "share=0.25, what=['inputs'], compensate=False",
+        "25% of inputs, refitted": "share=0.25, what=['inputs']",
+        "25% of outputs": "share=0.25, what=['outputs']",
+        "25% of outputs, with means": "share=0.25, what=['outputs'], bias=True",
+    }
+    lines += [line(folder, seed, name, f"prune({options})") for name, options in rows.items()]
+    for name, options in {
+        "one attention of six": "share=0.1667, what=['blocks'], ignore=['re:.*mlp']",
+        "one MLP of six": "share=0.1667, what=['blocks'], ignore=['re:.*self_attn']",
+        "one layer of six": "share=0.1667, what=['layers']",
+    }.items():
+        for criterion in ("fisher", "wanda", "measured"):
+            lines.append(line(folder, seed, f"{name}, {criterion}", f"prune({options}, criterion='{criterion}')"))
+    return lines
+
+
+def masks(folder: Path, seed: int) -> list[str]:
+    """Learned masks as a criterion."""
+    lines = [HEAD.format("MLP channels, learned masks (150 steps), refitted")]
+    for share in SHARES["mlp"]:
+        for uniform in (True, False):
+            name = f"{share:.0%}, {'the same width in all layers' if uniform else 'each layer its own'}"
+            options = f"share={share}, what=['mlp'], criterion='masks', steps=150, rate=0.01, uniform={uniform}"
+            lines.append(line(folder, seed, name, f"prune({options})"))
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", type=Path)
@@ -106,6 +139,8 @@ def main() -> None:
     }
     sections["free"] = ("Widths", partial(free, folder, options.seed))
     sections["both"] = ("Heads and channels", partial(both, folder, options.seed))
+    sections["units"] = ("Query heads, dims of the residual stream, branches and layers", partial(units, folder, options.seed))
+    sections["masks"] = ("Learned masks", partial(masks, folder, options.seed))
     head = (
         f"# Pruning\n\n`python -m tools.bench_prune {folder}`, calibration seed {options.seed}, one thread, beside other work; "
         f"full precision {FULL[0]} / {FULL[1]}.\n"

@@ -20,13 +20,16 @@ from ir.signature import CACHE, PRESENT, Signature
 __all__ = ["ChannelGroup", "Map", "Member", "channel_groups"]
 
 
-def channel_groups(gm: GraphModule, kind: Map) -> list[ChannelGroup]:
+def channel_groups(gm: GraphModule, kind: Map, *, copies: bool = False) -> list[ChannelGroup]:
     """Every group of channels of a graph in normal form, for one kind of map, in the order of their first tensors.
+
+    With `copies`, for SELECT: where a value is repeated, as keys are for the queries of their group, its n-th copies are one channel, and
+    what they are copies of stays.
 
     Groups that tolerate only the identity are among them, with the reason. The cost is linear in the number of channels of all values, up
     to sorting.
     """
-    flow = Flow(gm, kind)
+    flow = Flow(gm, kind, copies)
     cache: dict[str, Node] = {}
     signature: Signature | None = gm.meta.get("signature")
     ports = iter(signature.inputs) if signature else iter(())

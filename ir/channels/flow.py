@@ -73,10 +73,11 @@ Rule = Callable[["Flow", Node], Any]  # what an operator does to channels
 
 @dataclass
 class Flow:
-    """The state of one analysis, for one kind of map."""
+    """The state of one analysis, for one kind of map; with `copies`, copies of what is repeated are dropped, not what they are of."""
 
     gm: GraphModule
     kind: Map
+    copies: bool = False
     labels: dict[Node, Any] = field(default_factory=dict)
     stored: dict[Node, Stored] = field(default_factory=dict)
     uses: list[Use] = field(default_factory=list)
@@ -202,6 +203,16 @@ class Flow:
             return self.fixed(shape, "its shape was not followed")
         repeated = labels.expand(tuple(shape))
         return repeated if labels.numel() == wanted else self.distinct(repeated)
+
+    def copied(self, labels: Labels, axis: int, times: int) -> Labels:
+        """The labels of a value repeated along an axis, copy beside copy: the n-th copies of all that is repeated are one channel."""
+        self.bar(labels, "only copies of it are dropped")
+        shape = [1] * labels.ndim
+        shape[axis] = times
+        made = torch.cat([self.fresh(shape)] * labels.shape[axis], axis)
+        sizes = list(labels.shape)
+        sizes[axis] *= times
+        return made.expand(sizes)
 
     # Stored tensors.
 

@@ -135,11 +135,18 @@ def attention(flow: Flow, node: Node) -> Labels | None:
     q, k, v = (flow.read(node, name) for name in ("query", "key", "value"))
     if operand(node, "enable_gqa"):
         heads = label_shape(edit.value(node))[-3]
-        k, v = (None if x is None else flow.distinct(x.repeat_interleave(heads // x.shape[-3], -3)) for x in (k, v))
+        k, v = (None if x is None else _repeated(flow, x, heads // x.shape[-3]) for x in (k, v))
     scores = _contract(flow, node, q, k)
     if flow.kind is Map.SELECT:
         return _attend(flow, node, scores, v, operand(node, "attn_mask"))
     return None if v is None else _mix(flow, node, v, -1)
+
+
+def _repeated(flow: Flow, x: Labels, times: int) -> Labels:
+    """Heads of keys or values for each of their queries."""
+    if flow.copies and times > 1:
+        return flow.copied(x, -3, times)
+    return flow.distinct(x.repeat_interleave(times, -3))
 
 
 def matmul(flow: Flow, node: Node) -> Labels | None:

@@ -30,7 +30,19 @@ def reshape(flow: Flow, node: Node) -> Labels | None:
 def expand(flow: Flow, node: Node) -> Labels | None:
     """Repeated along axes of size 1."""
     flow.taken.add("other")  # `expand_as` reads its shape only
-    return flow.read(node, "self")
+    labels, shape = flow.read(node, "self"), label_shape(edit.value(node))
+    if not flow.copies or labels is None:
+        return labels
+    repeated = [axis for axis in range(-labels.ndim, 0) if labels.shape[axis] == 1 < shape[axis]]
+    return flow.copied(labels, repeated[0], shape[repeated[0]]) if len(repeated) == 1 else labels
+
+
+def interleave(flow: Flow, node: Node) -> Labels | None:
+    """Repeated along an axis, copy beside copy."""
+    labels, times, axis = flow.read(node, "self"), operand(node, "repeats"), operand(node, "dim")
+    if flow.copies and labels is not None and isinstance(times, int) and times > 1 and isinstance(edit.value(node).shape[axis], int):
+        return flow.copied(labels, axis, times)
+    return moved(flow, node)
 
 
 def moved(flow: Flow, node: Node) -> Labels | None:
@@ -180,7 +192,8 @@ def no_channels(flow: Flow, node: Node) -> None:
 ROWS: dict[Any, Rule] = {
     **dict.fromkeys((aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims), reshape),
     **dict.fromkeys((aten.expand.default, aten.expand_as.default), expand),
-    **dict.fromkeys((*TRANSPOSES, aten.transpose.int, aten.permute.default, aten.repeat_interleave.self_int), moved),
+    **dict.fromkeys((*TRANSPOSES, aten.transpose.int, aten.permute.default), moved),
+    aten.repeat_interleave.self_int: interleave,
     aten.repeat.default: repeat,
     **dict.fromkeys((aten.slice.Tensor, aten.select.int, aten.chunk.default, aten.split.Tensor, aten.unbind.int), cut),
     **dict.fromkeys((aten.split_with_sizes.default, aten.narrow.default), cut),

@@ -6,18 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.nn import functional as F  # noqa: N812 (everyone's name for it)
 
 from ir import edit, evaluate
 from ir.capture import capture
 from ir.channels import ChannelGroup, Map, channel_groups
 from ir.errors import PassError
-from ir.inference import check_shapes
 from ir.selection import select, stays
 from ir.text import graph_text
 from ir.verify import verify
 from passes.probe import relative_error
 from tests.families import FAMILIES, load
-from tests.ir.channels.samples import SAMPLES, sample
+from tests.ir.channels.samples import SAMPLES, graph, heads, joined, sample, softmax_attention
+from tests.ir.inference import check_shapes
 from tests.passes.samples import run, weights
 
 LENGTHS = (7, 1, 1)
@@ -30,8 +31,8 @@ def prepared(name: str) -> GraphModule:
     return gm
 
 
-def free(gm: GraphModule) -> list[ChannelGroup]:
-    return [group for group in channel_groups(gm, Map.SELECT) if not group.reason and group.readers]
+def free(gm: GraphModule, copies: bool = False) -> list[ChannelGroup]:
+    return [group for group in channel_groups(gm, Map.SELECT, copies=copies) if not group.reason and group.readers]
 
 
 def masked(gm: GraphModule, group: ChannelGroup, channels: Tensor) -> None:
@@ -63,6 +64,48 @@ def test_what_is_left_equals_its_masked_twin(name):
     assert max(relative_error((a,), (b,)) for a, b in zip(after, expected, strict=True)) < 1e-5
     assert sum(edit.attribute(gm, node).numel() for node in gm.graph.find_nodes(op="get_attr")) < 0.9 * before
     evaluate.run(gm, gm.meta["example"])  # the example follows
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gemma3"])
+def test_one_query_of_every_head_of_keys_can_go(name):
+    gm, twin = prepared(name), prepared(name)
+    keep = torch.tensor([1])
+    groups, twins = ([group for group in free(each, copies=True) if group.size == 2] for each in (gm, twin))
+    assert len(groups) == 2
+    for group in twins:
+        masked(twin, group, keep)
+    select(gm, [(group, keep) for group in groups])
+    edit.clean(gm)
+    verify(gm)
+    check_shapes(gm)
+    after, expected = (load(name).steps(each, lengths=LENGTHS) for each in (gm, twin))
+    assert max(relative_error((a,), (b,)) for a, b in zip(after, expected, strict=True)) < 1e-5
+    shapes = {port.name: port.shape for port in gm.meta["signature"].inputs}
+    assert shapes["past_key_values.0.key"][1] == 2  # keys stay
+
+
+@pytest.mark.parametrize(
+    "repeat",
+    [lambda x: x[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2), lambda x: x.repeat_interleave(2, 1), None],
+    ids=["expand", "interleave", "as one"],
+)
+def test_copies_go_however_keys_are_repeated(repeat):
+    def attention(x, q, k, v, o):
+        q, k, v = (heads(F.linear(x, w), count) for w, count in ((q, 4), (k, 2), (v, 2)))
+        mixed = F.scaled_dot_product_attention(q, k, v, enable_gqa=True) if repeat is None else softmax_attention(q, repeat(k), repeat(v))
+        return F.linear(joined(mixed), o)
+
+    shapes = {"q": (16, 16), "k": (8, 16), "v": (8, 16), "o": (16, 16)}
+    gm, twin = (graph(attention, **shapes) for _ in range(2))
+    (group,), (other,) = (free(each, copies=True) for each in (gm, twin))
+    masked(twin, other, torch.tensor([0]))
+    select(gm, [(group, torch.tensor([0]))])
+    edit.clean(gm)
+    verify(gm)
+    check_shapes(gm)
+    x = torch.randn(4, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert relative_error(evaluate.run(gm, [x]), evaluate.run(twin, [x])) < 1e-12
+    assert {name: tuple(tensor.shape) for name, tensor in weights(gm).items()} == shapes | {"q": (8, 16), "o": (16, 8)}
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ir.channels import ChannelGroup, Map
-from passes.keeping import dropped_share, free, greatest, most, uniform
-from passes.prunable import HEADS, MLP, Units
+from passes.keeping import dropped_share, free, greatest, most, uniform, whole
+from passes.kinds import BLOCKS, HEADS, MLP, Units
 
 
 def units(size, what=MLP, weights=10):
@@ -58,6 +58,15 @@ def test_what_cannot_go_stays():
     groups = [units(4, HEADS, 40), units(16)]
     assert free(groups, drawn([4, 16]), 0.99, 8) == uniform(groups, 0.99, 8) == [1, 8]
     assert most(groups, 8) == dropped_share(groups, [1, 8]) == pytest.approx(200 / 320)
+
+
+def test_whole_units_meet_the_share_first_and_lose_least_then():
+    groups = [units(1, BLOCKS, weights) for weights in (10, 15, 10, 15)]
+    scores = [torch.tensor([score]) for score in (4.0, 1.0, 3.0, 2.0)]
+    assert whole(groups, scores, 0.5, 0.01) == [1, 0, 0, 1]
+    assert whole(groups, scores, 0.22, 0.01) == [1, 1, 0, 1]
+    assert whole(groups, scores, 0.28, 0.01) == [1, 0, 1, 1]
+    assert whole(groups, scores, 0.0, 0.01) == [1, 1, 1, 1]
 
 
 def test_of_equal_units_the_first_stay():

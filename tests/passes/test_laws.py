@@ -43,6 +43,8 @@ BEFORE = {
 OPTIONS = [
     ("prune(share=0.5, multiple=1, criterion='magnitude', uniform=False, compensate=False)", ""),
     ("prune(share=0.3, multiple=4, what=['mlp'], criterion='wanda', bias=True)", "untie, fold_norm"),
+    ("prune(share=0.25, what=['inputs', 'outputs'], criterion='wanda', bias=True)", ""),
+    ("prune(share=0.5, what=['layers'])", ""),
     ("annotate(scheme='W4A16', group=32, symmetric=False, head=True, embeddings=True)", ""),
     ("annotate(dynamic=False, ignore=('re:.*\\\\.0\\\\..*',))", ""),
     ("observe(gram=True)", ""),

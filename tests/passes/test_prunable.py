@@ -1,6 +1,7 @@
 import pytest
 
-from passes.prunable import HEADS, KINDS, MLP, found_units
+from passes.kinds import HEADS, KINDS, MLP, QUERY_HEADS
+from passes.prunable import found_units
 from tests.families import FAMILIES, LAYERS, load
 from tests.passes.samples import run
 
@@ -39,3 +40,9 @@ def test_kinds_and_layers_can_be_left_out():
     assert [own.path for own in units] == ["model.layers.1.mlp.down_proj"]
     assert left.keys() == {"they are ignored", "they are not asked for"}
     assert [layer.path for layer in left["they are ignored"]] == [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+
+
+def test_a_head_of_queries_for_each_of_keys_is_no_unit():
+    units, left = found_units(prepared("gpt2"), [MLP, QUERY_HEADS], ())
+    assert {own.what for own in units} == {MLP}
+    assert "each head of keys has one of queries" in left

@@ -4,7 +4,8 @@ import torch
 from ir import edit
 from ir.capture import capture
 from ir.evaluate import run as run_graph
-from passes.prunable import KINDS, found_units
+from passes.kinds import KINDS
+from passes.prunable import found_units
 from passes.unit_scores import CRITERIA
 from tests.families import load
 from tests.passes.samples import CALIBRATION, Mlp, context, run, vectors

@@ -1,0 +1,39 @@
+"""What dropping units costs, measured: for branches, which are few, and too great for an estimate at the point where they are whole."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ir import evaluate
+from passes.base import Context
+from passes.divergence import of_outputs, own_outputs
+from passes.kinds import Units
+from passes.observation import sampled
+
+
+def losses(gm: GraphModule, ctx: Context, units: Sequence[Units], tokens: int) -> list[Tensor]:
+    """The divergence `[1]`, nats a token, from the model as it is without each unit alone; units are branches.
+
+    Args:
+        tokens: of the calibration data; one run over them for every unit.
+    """
+    outputs = own_outputs(gm)
+    nodes = evaluate.calls_for(gm, outputs)
+    batches = sampled(ctx, tokens).calibration
+    found: list[list[Tensor]] = [[] for _ in units]
+    for batch in ctx.track(batches, "measure units"):
+        given = evaluate.bind(gm, batch)
+        exact = evaluate.evaluate(gm, nodes, given, list(outputs))
+        for of_unit, own in zip(found, units, strict=True):
+            instead = {branch.value: partial(_nothing, branch.value.target) for branch in own.branches}
+            of_unit.append(of_outputs(evaluate.evaluate(gm, nodes, given, list(outputs), instead=instead), exact, outputs))
+    return [torch.stack(of_unit).mean()[None] for of_unit in found]
+
+
+def _nothing(target: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Zeros in place of a call's value."""
+    return torch.zeros_like(target(*args, **kwargs))

@@ -1,6 +1,6 @@
 """Branches of the residual stream: what is added to it, found by the additions, and taken away with the cache that it keeps."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from ir import edit, evaluate
 from ir.errors import PassError
 from ir.match import aten, is_call, is_tensor, operand
 from ir.signature import PRESENT, Port, Signature
-from ir.sites import Layer, downstream, layers
+from ir.sites import Layer, layers
 
 Convert = Callable[[Sequence[Tensor]], list[Tensor]]
 
@@ -37,44 +37,61 @@ class Branch:
     @property
     def first(self) -> tuple[Layer, ...]:
         """The linears that read the stream, before any other."""
-        return tuple(layer for layer in self.layers if not self._others(layer, evaluate.ancestors([layer.node])))
+        behind = self._behind()
+        return tuple(layer for layer in self.layers if behind[layer.node].isdisjoint(behind))
 
     @property
     def last(self) -> tuple[Layer, ...]:
         """The linears that write to the stream, behind all others."""
-        return tuple(layer for layer in self.layers if not self._others(layer, downstream(layer.node)))
+        read = set[Node]().union(*self._behind().values())
+        return tuple(layer for layer in self.layers if layer.node not in read)
 
-    @property
-    def attends(self) -> bool:
-        """Whether tokens read one another in it."""
-        return any(is_call(node, aten.scaled_dot_product_attention.default, aten.softmax.int) for node in self.nodes)
-
-    def _others(self, layer: Layer, among: Collection[Node]) -> bool:
-        return any(other.node in among for other in self.layers if other.node is not layer.node)
+    def _behind(self) -> dict[Node, set[Node]]:
+        """What each linear depends on, of the branch and of what is not computed from the stream."""
+        return {layer.node: evaluate.ancestors(layer.node.all_input_nodes, stop=(self.stream,)) for layer in self.layers}
 
 
 def branches(gm: GraphModule) -> list[Branch]:
     """The branches of a graph, in order; of additions within one another the inner ones."""
-    known = layers(gm)
-    found = [branch for node in gm.graph.nodes if (branch := _branch(node, known)) is not None]
+    known = {layer.node: layer for layer in layers(gm) if layer.kind == "Linear"}
+    order = {node: place for place, node in enumerate(gm.graph.nodes)}
+    found = [branch for node in order if (branch := _branch(node, known, order)) is not None]
     totals = {branch.total for branch in found}
     return [branch for branch in found if totals.isdisjoint(branch.nodes)]
 
 
-def _branch(node: Node, known: Sequence[Layer]) -> Branch | None:
+def _branch(node: Node, known: Mapping[Node, Layer], order: Mapping[Node, int]) -> Branch | None:
     if not is_call(node, aten.add.Tensor) or operand(node, "alpha") != 1 or not all(is_tensor(given) for given in node.args[:2]):
         return None
-    for stream, value in (node.args[:2], node.args[1::-1]):
-        assert isinstance(stream, Node) and isinstance(value, Node)
-        if stream.op != "call_function" or edit.value(stream).shape != edit.value(value).shape:
-            continue
-        behind = evaluate.ancestors([value], stop=(stream,))
-        if any(stream in reader.all_input_nodes for reader in behind):
-            inside = frozenset(behind & downstream(stream))
-            own = tuple(layer for layer in known if layer.node in inside and layer.kind == "Linear")
-            if own:
-                return Branch(node, stream, value, own, inside)
-    return None
+    terms: list[Node] = [*node.args[:2]]  # type: ignore[list-item]
+    stream, value = sorted(terms, key=order.__getitem__)
+    if stream.op != "call_function" or edit.value(stream).shape != edit.value(value).shape:
+        return None
+    inside = _between(stream, value, order)
+    own = tuple(known[call] for call in inside if call in known)
+    return Branch(node, stream, value, own, frozenset(inside)) if own else None
+
+
+def _between(stream: Node, value: Node, order: Mapping[Node, int]) -> list[Node]:
+    """What depends on `stream` and gives `value`, in order; looks at nothing before the stream, so that all branches take linear time."""
+    behind: set[Node] = set()
+    frontier = [value]
+    while frontier:
+        node = frontier.pop()
+        if node not in behind and order[node] > order[stream]:
+            behind.add(node)
+            frontier += node.all_input_nodes
+    return _reached([stream], sorted(behind, key=order.__getitem__))
+
+
+def _reached(start: Iterable[Node], nodes: Iterable[Node]) -> list[Node]:
+    """Those of `nodes`, given in order, that depend on `start` by way of one another."""
+    known, found = set(start), []
+    for node in nodes:
+        if not known.isdisjoint(node.all_input_nodes):
+            known.add(node)
+            found.append(node)
+    return found
 
 
 def drop(gm: GraphModule, dropped: Sequence[Branch]) -> Convert:
@@ -94,12 +111,13 @@ def drop(gm: GraphModule, dropped: Sequence[Branch]) -> Convert:
     inside = frozenset[Node]().union(*(branch.nodes for branch in dropped))
     results: tuple[Node, ...] = gm.graph.output_node().args[0]  # type: ignore[assignment]
     totals = {branch.total for branch in dropped}
+    order = {node: place for place, node in enumerate(gm.graph.nodes)}
+    without = inside.union(_reached(inside, (node for node in order if node not in totals)))
     gone = {
         port.name.removeprefix(f"{PRESENT}.")
         for port, node in zip(signature.outputs, results, strict=True)
-        if port.cached and not inside.isdisjoint(evaluate.ancestors([node], stop=totals))
+        if port.cached and node in without
     }
-    order = {node: place for place, node in enumerate(gm.graph.nodes)}
     if gone and len(gone) == sum(port.cached for port in signature.inputs):
         raise PassError("no attention would be left, and no cache", remedy="drop less, or keep one with ignore=")
     for branch in sorted(dropped, key=lambda branch: -order[branch.total]):  # what one branch reads may be the total of the one before

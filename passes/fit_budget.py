@@ -14,8 +14,9 @@ from passes.base import Context, Effect
 from passes.budgeted import Budgeted
 from passes.dropping import drop, tell_left
 from passes.forms import Cuts, Site
+from passes.kinds import KINDS, Units
 from passes.linked import Linked, cuts_of, link
-from passes.prunable import KINDS, Units, found_units
+from passes.prunable import found_units
 from passes.unit_scores import CRITERIA
 
 RATES = (1.0, 2.0, 4.0, 16.0)  # that are tried

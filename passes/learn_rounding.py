@@ -1,11 +1,10 @@
 """`learn_rounding`: choose the integers and scales of all weights together, by gradient on the model's own error."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
 from ir import evaluate
@@ -14,10 +13,9 @@ from ir.rounding import METHODS, Nearest
 from ir.sites import Layer
 from ir.weights import round_layer, set_codes, unrounded
 from passes.base import Context, Effect, Pass
-from passes.calibration import without_past
 from passes.codes import Codes
 from passes.descent import rate_at, shuffled, some_rows
-from passes.divergence import of_outputs, own_outputs
+from passes.divergence import of_outputs, own_outputs, teacher
 from passes.evidence import gather
 
 
@@ -101,7 +99,7 @@ class LearnRounding(Pass):
     def _descend(self, gm: GraphModule, ctx: Context, learned: Sequence[Codes]) -> None:
         outputs = own_outputs(gm)
         nodes = evaluate.calls_for(gm, outputs)
-        exact_outputs = _teacher(gm, ctx)
+        exact_outputs = teacher(_exact(gm, ctx))
         instead = {codes.layer.node: codes.linear for codes in learned}
         optimizer = torch.optim.Adam([codes.log_scale for codes in learned], betas=(0.9, 0.95))
         samples = shuffled(list(ctx.calibration), self.seed)
@@ -118,19 +116,10 @@ class LearnRounding(Pass):
             optimizer.step()
 
 
-def _teacher(gm: GraphModule, ctx: Context) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-    """What gives the outputs to learn from: the model as it was before the first pass, or before rounding if that took other inputs.
+def _exact(gm: GraphModule, ctx: Context) -> GraphModule:
+    """The model to learn from: as it was before the first pass, or before rounding if that took other inputs.
 
     It says more than the graph as it is, where units have been dropped: rounding can make up for a part of that.
     """
     was = ctx.original
-    if was is None or len(evaluate.placeholders(was)) != len(evaluate.placeholders(gm)):
-        was = gm
-    outputs = own_outputs(was)
-    calls, signature = evaluate.calls_for(was, outputs), was.meta["signature"]
-
-    def run(rows: Sequence[Tensor]) -> list[Tensor]:
-        found = evaluate.evaluate(was, calls, evaluate.bind(was, without_past(signature, rows)), list(outputs))
-        return [found[node] for node in outputs]
-
-    return run
+    return gm if was is None or len(evaluate.placeholders(was)) != len(evaluate.placeholders(gm)) else was

@@ -14,7 +14,7 @@ from ir.selection import stays
 from ir.sites import Layer
 from passes import keeping
 from passes.forms import Cuts, Forms, Shape, Site
-from passes.prunable import Units
+from passes.kinds import Units
 
 LIMIT = 64  # ways in which linked sites may shrink
 Way = tuple[int, ...]  # how many units of each group stay
@@ -69,8 +69,9 @@ class Linked:
 
     def shapes(self, way: Way) -> dict[Layer, Shape]:
         """The shapes of what is left of linears that lose rows or columns."""
-        found = {layer: list(edit.value(layer.weight).shape) for layer, _ in self.kept(way)}
-        for (layer, axis), keep in self.kept(way).items():
+        kept = self.kept(way)
+        found = {layer: list(edit.value(layer.weight).shape) for layer, _ in kept}
+        for (layer, axis), keep in kept.items():
             found[layer][axis] = int(keep.sum())
         return {layer: (rows, columns) for layer, (rows, columns) in found.items()}
 
@@ -84,19 +85,22 @@ def link(sites: Sequence[Site], units: Sequence[Units], counts: Sequence[Sequenc
     """Sites joined where units run through them; units that would leave too many ways stay as they are."""
     homes: dict[int, list[int]] = {index: [index] for index in range(len(sites))}  # by the first site: what belongs together
     own_units: dict[int, list[int]] = {index: [] for index in homes}
+    home_of = list(homes)
     at: dict[str, set[int]] = {}
     for index, site in enumerate(sites):
         for layer in site:
             at.setdefault(str(layer.weight.target), set()).add(index)
     for number, own in enumerate(units):
         through = {index for path in own.paths for index in at.get(path, ())}
-        joined = [home for home, members in homes.items() if through.intersection(members)]
+        joined = sorted({home_of[index] for index in through})
         together = sorted([number, *(unit for home in joined for unit in own_units[home])])
         if joined and math.prod(len(counts[unit]) for unit in together) <= LIMIT:
             members = sorted(index for home in joined for index in homes.pop(home))
             for home in joined:
                 own_units.pop(home)
             homes[members[0]], own_units[members[0]] = members, together
+            for index in members:
+                home_of[index] = members[0]
     return [_linked(sites, units, counts, scores, homes[home], own_units[home]) for home in sorted(homes)]
 
 

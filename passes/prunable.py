@@ -10,9 +10,7 @@ from ir.channels import ChannelGroup, Map, Member, channel_groups
 from ir.match import aten
 from ir.sites import Layer, heads, layers, matches
 from passes.branch_units import branch_units
-from passes.kinds import ALL, BLOCKS, HEADS, INPUTS, KINDS, LAYERS, MLP, OUTPUTS, QUERY_HEADS, Units, elements
-
-__all__ = ["ALL", "HEADS", "KINDS", "MLP", "Units", "found_units"]
+from passes.kinds import BLOCKS, HEADS, INPUTS, LAYERS, MLP, OUTPUTS, QUERY_HEADS, Units, elements
 
 PLACE = re.compile(r"\.\d+\.")  # of a layer among its like: reasons are told once for all
 ATTENTION = (aten.scaled_dot_product_attention.default, aten.softmax.int)

@@ -60,7 +60,7 @@ class Prune(Pass):
     | wanda | `(Σ_j ‖W_:j‖² E[x_j²])^½`; of what no linear reads its norm, of branches over that of the sum | 2306.11695 |
     | taylor | `E|g·x|`, `g` the gradient at what is read | 1611.06440 |
     | fisher | `½ E[(g·x)²]`, nats a token | 1801.05787 |
-    | measured | the divergence, nats a token, with the unit gone; of blocks and layers, for which estimates may be far off | |
+    | measured | the divergence, nats a token, without the unit: a run for each; of blocks and layers, whose estimates may be far off | |
     | masks | logit of a gate, learned with all others under the share, on the divergence | 2606.07819, 2410.11988 |
 
     Limits: 1. weights are neither annotated nor quantized yet; 2. kinds that share weights are pruned one after the other; 3. what is

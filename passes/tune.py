@@ -10,11 +10,9 @@ from torch.fx import GraphModule
 
 from ir import evaluate
 from ir.errors import DataError, OptionError
-from ir.signature import Signature
 from passes.base import Context, Effect, Pass
-from passes.calibration import without_past
 from passes.descent import descend, shuffled, some_rows, split
-from passes.divergence import of_outputs, own_outputs
+from passes.divergence import of_outputs, own_outputs, teacher
 from passes.trained import TrainedGain, TrainedWeight, norms, stored_linears, straight_through
 
 PARTS = ("scales", "zero_points", "gains")
@@ -74,19 +72,16 @@ class Tune(Pass):
         """Train; returns the number of tensors that were, at least in part."""
         original = ctx.original
         assert original is not None
-        signature: Signature = original.meta["signature"]
         users = stored_linears(gm)
         weights = {node: TrainedWeight(gm, node, zero_points="zero_points" in self.parts) for node in users}
         gains = [TrainedGain(gm, node) for node in norms(gm)] if "gains" in self.parts else []
         instead = straight_through(gm) | {user: own.linear for node, own in weights.items() for user in users[node]}
         instead |= {own.node: own.norm for own in gains}
-        outputs, exact = own_outputs(gm), own_outputs(original)
+        outputs, exact = own_outputs(gm), teacher(original)
         nodes = [node for node in evaluate.calls_for(gm, outputs) if node not in weights]
-        teacher = evaluate.calls_for(original, exact)
 
         def loss(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-            found = evaluate.evaluate(original, teacher, evaluate.bind(original, without_past(signature, rows)), list(exact))
-            target = dict(zip(outputs, found.values(), strict=True))
+            target = dict(zip(outputs, exact(rows), strict=True))
             given = evaluate.bind(gm, rows) | dict.fromkeys(weights)
             return of_outputs(
                 evaluate.evaluate(gm, nodes, given, list(outputs), instead=instead, grad=torch.is_grad_enabled()), target, outputs

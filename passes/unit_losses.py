@@ -19,7 +19,7 @@ def losses(gm: GraphModule, ctx: Context, units: Sequence[Units], tokens: int) -
     """The divergence `[1]`, nats a token, from the model as it is without each unit alone; units are branches.
 
     Args:
-        tokens: of the calibration data; one run over them for every unit.
+        tokens: of the calibration data; one run over them for every unit, so that time grows with the square of the layers.
     """
     outputs = own_outputs(gm)
     nodes = evaluate.calls_for(gm, outputs)

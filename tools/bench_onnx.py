@@ -173,19 +173,28 @@ def table(decode: dict[str, list[float]], prefill: dict[str, list[float]], sizes
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--group", type=int, default=64)
+def arguments(doc: str | None, hidden: int, layers: int) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=hidden)
+    parser.add_argument("--layers", type=int, default=layers)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path)
+    return parser
+
+
+def timed(sessions: dict[str, ort.InferenceSession], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Milliseconds of decode and of prefill."""
+    return measure(sessions, 1, PAST, 3 * rounds), measure(sessions, PREFILL, 0, rounds)
+
+
+def main() -> None:
+    parser = arguments(__doc__, hidden=2048, layers=2)
+    parser.add_argument("--group", type=int, default=64)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         sessions, sizes = prepare(options, Path(folder))
-        decode = measure(sessions, 1, PAST, 3 * options.rounds)
-        prefill = measure(sessions, PREFILL, 0, options.rounds)
+        decode, prefill = timed(sessions, options.rounds)
     processor = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), platform.processor())  # noqa: SIM115, PTH123
     text = (
         f"Llama, {options.layers} layers, hidden {options.hidden}, intermediate {4 * options.hidden}, {options.threads} thread(s), "

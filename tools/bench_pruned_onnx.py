@@ -18,7 +18,7 @@ import passes
 from backends.onnx_qdq import OnnxQdq
 from ir import edit
 from ir.sites import chosen
-from tools.bench_onnx import PAST, PREFILL, build, measure, ratio
+from tools.bench_onnx import PAST, PREFILL, arguments, build, ratio, timed
 
 SCHEMES = {"fp32": "", "W4A16": "w4a16(group=64, symmetric=True, rounding='nearest')", "W8A8": "w8a8"}
 PRUNE = "prune(share=0.5, what=['mlp'], multiple=64, criterion='magnitude', compensate=False)"
@@ -65,17 +65,10 @@ def table(decode: Times, prefill: Times, sizes: dict[str, int]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = arguments(__doc__, hidden=1024, layers=8).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         sessions, sizes, gone = prepare(options, Path(folder))
-        decode = measure(sessions, 1, PAST, 3 * options.rounds)
-        prefill = measure(sessions, PREFILL, 0, options.rounds)
+        decode, prefill = timed(sessions, options.rounds)
     text = (
         f"# Pruned models in ONNX Runtime\n\n`python -m tools.bench_pruned_onnx`: Llama, {options.layers} layers, hidden {options.hidden}, "
         f"intermediate {4 * options.hidden}, random weights; half of the MLP channels dropped, {gone:.1%} of the linears' weights. "

@@ -10,8 +10,9 @@ from torch.fx import GraphModule, Node
 
 from ir import edit
 from ir.channels import stored
-from ir.channels.flow import Flow, Map
+from ir.channels.flow import Flow
 from ir.channels.groups import ChannelGroup, Member
+from ir.channels.maps import Map
 from ir.channels.rules import follow
 from ir.channels.shapes import label_shape
 from ir.channels.solve import solve

@@ -6,7 +6,8 @@ from typing import Any
 from torch.fx import Node
 
 from ir import edit
-from ir.channels.flow import ELEMENTWISE, Flow, Labels, Map, Rule, where
+from ir.channels.flow import Flow, Labels, Rule, where
+from ir.channels.maps import ELEMENTWISE, Map
 from ir.channels.shapes import label_shape, shared_axes
 from ir.match import aten, is_float_cast, operand, operands
 

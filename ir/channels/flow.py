@@ -11,7 +11,6 @@ duals. No atom appears twice in a value where maps mix channels: what is repeate
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 import torch
@@ -19,28 +18,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ir import edit
+from ir.channels.maps import INVERTED, MIXING, Map
 from ir.channels.shapes import label_shape
 from ir.match import operand, operands
-
-
-class Map(Enum):
-    """What may be done to the channels of a group without a change of the function.
-
-    PERMUTE reorders them, SELECT drops some (where a value has an axis of heads, whole heads), SCALE multiplies each by a positive number,
-    ROTATE mixes them by an orthogonal matrix, LINEAR by any invertible one. CENTER subtracts their mean.
-    """
-
-    SELECT = "select"
-    PERMUTE = "permute"
-    SCALE = "scale"
-    ROTATE = "rotate"
-    LINEAR = "linear"
-    CENTER = "center"
-
-
-INVERTED = (Map.SCALE, Map.LINEAR)  # maps whose inverse transpose is another map
-MIXING = (Map.PERMUTE, Map.ROTATE, Map.LINEAR, Map.CENTER)  # maps of whole blocks of channels
-ELEMENTWISE = (Map.SELECT, Map.PERMUTE)  # maps that commute with any function of single elements
 
 Labels = Tensor  # int64, of the value's label shape
 

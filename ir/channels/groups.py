@@ -7,7 +7,7 @@ import torch
 from torch.fx import Node
 
 from ir import edit
-from ir.channels.flow import MIXING, Map
+from ir.channels.maps import MIXING, Map
 
 
 @dataclass(frozen=True)

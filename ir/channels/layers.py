@@ -9,7 +9,8 @@ import torch
 from torch.fx import Node
 
 from ir import edit
-from ir.channels.flow import Flow, Labels, Map, Rule, where
+from ir.channels.flow import Flow, Labels, Rule, where
+from ir.channels.maps import Map
 from ir.channels.shapes import label_shape, shared_axes
 from ir.match import aten, operand, operands
 

@@ -9,8 +9,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch.fx import Node
 
-from ir.channels.flow import INVERTED, MIXING, Flow, Map, Use, flat, where
+from ir.channels.flow import Flow, Use, flat, where
 from ir.channels.groups import ChannelGroup, Member
+from ir.channels.maps import INVERTED, MIXING, Map
 
 Ids = NDArray[np.int64]
 Values = dict[Node, tuple[torch.Tensor, ...]]

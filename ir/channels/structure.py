@@ -8,7 +8,8 @@ import torch
 from torch.fx import Node
 
 from ir import edit
-from ir.channels.flow import MIXING, Flow, Labels, Map, Rule, where
+from ir.channels.flow import Flow, Labels, Rule, where
+from ir.channels.maps import MIXING, Map
 from ir.channels.shapes import fixed_factor, in_order, label_shape, shared_axes
 from ir.match import aten, operand, operands
 

@@ -29,7 +29,7 @@ class KroneckerDraft:
 
     def __post_init__(self) -> None:
         self.encoding = self.grid.encoding
-        self.codes, self.qparams = self.codes.float(), replace(self.qparams, scale=self.qparams.scale.clone())
+        self.codes, self.qparams = self.codes.to(torch.float32, copy=True), replace(self.qparams, scale=self.qparams.scale.clone())
         self.W_hat = numerics.dequantize(self.codes, self.qparams, self.encoding)
         self.P = self.H_out @ (self.W - self.W_hat) @ self.H_in
 

@@ -4,8 +4,9 @@ import torch
 from ir.knapsack import Option
 from ir.sites import layers, readers
 from passes.forms import Form
+from passes.kinds import KINDS
 from passes.linked import LIMIT, cuts_of, link, options
-from passes.prunable import KINDS, found_units
+from passes.prunable import found_units
 from tests.families import load
 from tests.passes.samples import run
 

@@ -22,17 +22,42 @@ def own_outputs(gm: GraphModule) -> dict[Node, str]:
     return {node: port.name for node, port, own in zip(nodes, signature.outputs, computed, strict=True) if own and not port.cached}
 
 
-def teacher(gm: GraphModule) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-    """What gives a graph's own outputs for rows of a batch, which may be those of a graph that keeps other heads in its cache."""
+def teacher(gm: GraphModule, labels: float = 0.0) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """What gives a graph's own outputs for rows of a batch, which may be those of a graph that keeps other heads in its cache.
+
+    Args:
+        labels: the share of its predictions that the text's next tokens take over.
+    """
     outputs = own_outputs(gm)
     calls, signature = evaluate.calls_for(gm, outputs), gm.meta.get("signature")
 
     def run(rows: Sequence[Tensor]) -> list[Tensor]:
         given = rows if signature is None else without_past(signature, rows)
         found = evaluate.evaluate(gm, calls, evaluate.bind(gm, given), list(outputs))
-        return [found[node] for node in outputs]
+        if signature is None or not labels:
+            return [found[node] for node in outputs]
+        named = {port.name: value for port, value in zip(signature.inputs, rows, strict=True)}
+        texts = named["input_ids"], named.get("attention_mask")
+        return [corrected(found[node], *texts, labels) if name == "logits" else found[node] for node, name in outputs.items()]
 
     return run
+
+
+def corrected(logits: Tensor, ids: Tensor, mask: Tensor | None, share: float) -> Tensor:
+    """Logits of `(1 − share) p + share [next token]`; the last token, and those that are masked or come before such, have `p`.
+
+    Args:
+        logits: of `p`, `[rows, tokens, classes]`.
+        ids: int64 `[rows, tokens]`.
+        mask: `[rows, past + tokens]`, 0 for tokens that are not there; None if all are.
+        share: of the text, 0 to 1.
+    """
+    p = logits.float().softmax(-1)
+    there = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, -ids.shape[1] :].bool()
+    known = (there[:, :-1] & there[:, 1:])[..., None].to(p.dtype)
+    said = torch.zeros_like(p[:, :-1]).scatter_(-1, ids[:, 1:, None], known)
+    p[:, :-1] += share * (said - known * p[:, :-1])
+    return p.clamp_min(torch.finfo(p.dtype).tiny).log()
 
 
 def of_outputs(found: Mapping[Node, Any], exact: Mapping[Node, Any], outputs: Mapping[Node, str]) -> Tensor:

@@ -110,6 +110,7 @@ def mixed(
     solver: str = "knapsack",
     rounding: str = "learned",
     steps: int = LearnRounding.steps,
+    labels: float = 0.0,
     own_text: bool = True,
     file: str = "",
     measure: int = 0,
@@ -131,6 +132,7 @@ def mixed(
         transform: "rotate" (the residual stream and the values, folded into the weights) or "none".
         rounding: "learned" on the model's own divergence, or a method of `round_weights`.
         steps: of the learned rounding.
+        labels: share that the calibration text's next tokens have in what it learns, as of `learn_rounding`.
         own_text: the model writes as much text as it is calibrated on, and is calibrated on both.
         file: of predicted losses, as of `assign_bits`.
         measure: tokens held out to measure the choice on, as of `assign_bits`; 0 with `prune` for as many as `fit_budget` takes.
@@ -175,7 +177,7 @@ def mixed(
     propagation = None if rounding == "nearest" else PROPAGATION
     rounded: tuple[Pass, ...]
     if rounding == "learned":  # which rounds annotated inputs itself
-        rounded = (LearnRounding(steps=steps), *((Quantize(),) if rounds else ()))
+        rounded = (LearnRounding(steps=steps, labels=labels), *((Quantize(),) if rounds else ()))
     else:
         rounded = (*((Quantize(weights=False),) if rounds else ()), RoundWeights(rounding, propagation=propagation))
     clipped = (ClipActivations(),) if rounds else ()  # for the widths that were chosen

@@ -38,7 +38,8 @@ BUDGETS = {1.6: NARROW, 2.0: NARROW} | dict.fromkeys((2.28, 2.5, 2.744, 3.0, 3.2
 UNIFORM = "canonicalize, annotate(scheme='W{}A16', group={}, symmetric=False), round_weights"
 OPENED = "canonicalize, untie, fold_norm, center_norm"
 LOCAL = f"{OPENED}, annotate(scheme='W4A16', group=64, symmetric=False), rotate_channels(where=['R1', 'R2'])"
-SECTIONS = ("budgets", "losses", "masks", "low", "seeds")
+LABELS = "labels=0.03"
+SECTIONS = ("budgets", "labels", "uniform", "losses", "masks", "low", "seeds")
 HEAD = "| pipeline | counted bits | WikiText-2 | news | excess, nats | seconds | MB |\n|---|---|---|---|---|---|---|"
 
 
@@ -64,18 +65,22 @@ def line(folder: Path, seed: int, pipeline: str, name: str = "") -> str:
     return text
 
 
-def budgets(folder: Path, seed: int, options: str) -> list[str]:
-    """One row a budget, with the peers that have at most as many bits more as make no difference, and uniform GPTQ."""
+def budgets(folder: Path, seed: int, options: str, chosen: list[float]) -> list[str]:
+    """One row a budget, with the peers that have at most as many bits more as make no difference."""
     lines = [HEAD]
-    for bits, widths in BUDGETS.items():
-        mixed = ", ".join(filter(None, (f"bits={bits}", widths, options)))
+    for bits in chosen:
+        mixed = ", ".join(filter(None, (f"bits={bits}", BUDGETS[bits], options)))
         lines.append(line(folder, seed, f"mixed({mixed})"))
         for at, name, wiki, news in PEERS:
             if abs(at - bits) < 0.065:
                 lines.append(f"| peer: {name} | {at} | {wiki} | {news} | {excess((wiki, news))} | | |")
-    for bits, group in ((2, 64), (2, -1), (3, 64), (4, 64)):
-        lines.append(line(folder, seed, UNIFORM.format(bits, group), f"our uniform GPTQ, {bits} bits, group {group}"))
     return lines
+
+
+def uniform(folder: Path, seed: int) -> list[str]:
+    """One width everywhere, by GPTQ."""
+    kinds = ((2, 64), (2, -1), (3, 64), (4, 64))
+    return [HEAD] + [line(folder, seed, UNIFORM.format(*kind), "GPTQ, {} bits, group {}".format(*kind)) for kind in kinds]
 
 
 def losses(folder: Path, seed: int, bits: float) -> list[str]:
@@ -146,6 +151,7 @@ def main() -> None:
     parser.add_argument("bench", type=Path)
     parser.add_argument("--options", default="steps=100", help="of mixed")
     parser.add_argument("--mask-steps", type=int, default=200)
+    parser.add_argument("--budgets", nargs="*", type=float, choices=BUDGETS, default=list(BUDGETS))
     parser.add_argument("--sections", nargs="*", choices=SECTIONS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
@@ -155,7 +161,9 @@ def main() -> None:
         f"# Mixed widths\n\n`python -m tools.bench_bits {folder}`, calibration seed {options.seed}, full precision {FULL[0]} / {FULL[1]}.\n"
     )
     sections: dict[str, tuple[str, Callable[[], list[str]]]] = {
-        "budgets": ("Budgets", lambda: budgets(folder, options.seed, options.options)),
+        "budgets": ("Budgets", lambda: budgets(folder, options.seed, options.options, options.budgets)),
+        "labels": (f"Budgets, {LABELS}", lambda: budgets(folder, options.seed, f"{options.options}, {LABELS}", options.budgets)),
+        "uniform": ("One width everywhere", lambda: uniform(folder, options.seed)),
         "losses": ("Global against local, rounded by GPTQ", lambda: losses(folder, options.seed, 2.5)),
         "masks": ("Channels within linears, activations", lambda: masks(folder, options.seed, options.mask_steps)),
         "low": ("Channels within linears, 1.6 bits", lambda: low(folder, options.seed)),

@@ -61,6 +61,23 @@ def test_half_precision_and_embeddings():
     assert records[-1].sites == 14 + 1
 
 
+def test_labels_bring_the_loss_on_the_text_down():
+    batches = [{"input_ids": tokens(seed=seed)} for seed in range(4)]
+
+    def text_loss(labels):
+        gm = load("llama").graph()
+        run(gm, f"{W2}, learn_rounding(steps=30, rate=0.03, labels={labels})", batches)
+        found = [logits(gm)(batch["input_ids"]).logits[:, :-1].flatten(0, 1) for batch in batches]
+        return sum(torch.nn.functional.cross_entropy(a, b["input_ids"][:, 1:].flatten()) for a, b in zip(found, batches, strict=True))
+
+    assert text_loss(0.5) < text_loss(0.0) - 0.01
+
+
+def test_labels_need_next_tokens():
+    with pytest.raises(OptionError, match="next tokens"):
+        run(load("bert").graph(), f"{W2}, learn_rounding(labels=0.1)", CALIBRATION)
+
+
 def test_the_same_seed_learns_the_same():
     first, second = (load("llama").graph() for _ in range(2))
     for gm in (first, second):
@@ -74,5 +91,7 @@ def test_it_refuses_what_it_cannot_do():
         run(load("llama").graph(), f"{W2}, learn_rounding")
     with pytest.raises(OptionError):
         LearnRounding(steps=0)
+    with pytest.raises(OptionError, match="share"):
+        LearnRounding(labels=1.5)
     with pytest.raises(OptionError, match="no rounding"):
         LearnRounding(start="best")

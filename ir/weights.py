@@ -24,7 +24,7 @@ def set_codes(gm: GraphModule, layer: Layer, encoding: Encoding, codes: Tensor, 
     weight = layer.weight
     name, dtype = str(weight.target), edit.value(weight).dtype
     W = edit.attribute(gm, weight).detach().float()
-    error = float((numerics.dequantize(codes, qparams, encoding) - W).norm() / W.norm().clamp_min(numerics.TINY))
+    error = float((numerics.dequantize(codes, qparams, encoding).detach() - W).norm() / W.norm().clamp_min(numerics.TINY))
     parts = {"codes": codes, "scale": qparams.scale, "zero_point": qparams.zero_point}
     nodes = {
         key: None if tensor is None else edit.add_attribute(gm, f"{name}_{key}", tensor, before=layer.node) for key, tensor in parts.items()

@@ -106,10 +106,9 @@ def squares(title: str, found: Mapping[tuple[float, float | str], Square], x: st
     for index, value in enumerate(across):
         if index % every == 0:
             parts.append(words(number(value), left + side * (index + 0.5) - 1, height - bottom + 14))
-    for index, value in enumerate(down):
-        parts.append(
-            words(value if isinstance(value, str) else f"{value:.5g}", left - 6, TOP + side * (len(down) - 0.5 - index) + 3, "end")
-        )
+    for index, name in enumerate(down):
+        text = name if isinstance(name, str) else f"{name:.5g}"
+        parts.append(words(text, left - 6, TOP + side * (len(down) - 0.5 - index) + 3, "end"))
     parts += [words(x, (left + width) / 2, height - 6), words(y, 0, 0, transform=f"translate(11 {(height - bottom) / 2:g}) rotate(-90)")]
     return drawing(width, height, title, parts)
 

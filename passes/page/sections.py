@@ -1,16 +1,13 @@
 """The report as a page: its sections in the order they are read."""
 
-from collections.abc import Callable, Mapping, Sequence
-from math import isfinite, sqrt
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
 from ir.encoding import Encoding
-from passes import picture
 from passes.grid import grid
-from passes.page import charts, layers
-from passes.page.charts import Series, Square
+from passes.page import charts, layers, searches
 from passes.page.content import (
     Cards,
     Cell,
@@ -19,8 +16,6 @@ from passes.page.content import (
     Legend,
     Listing,
     Page,
-    Panel,
-    Panels,
     Row,
     Section,
     Sheet,
@@ -31,7 +26,7 @@ from passes.page.content import (
     percent,
 )
 from passes.page.saved import Rows, Saved
-from passes.units import KL, NATS
+from passes.units import KL
 
 SHOWN = {"widths", "contributions", "budgets", "policies", "cache"}  # tables that are drawn
 MOST = 12  # rows of other tables and notes that are shown at once
@@ -100,77 +95,6 @@ def cache(report: Saved) -> Section:
     return Section("cache", "Widths of the cache", [Sheet([found.shared, *found.columns], body, look="map")] if rows else [])
 
 
-def policies(report: Saved) -> Section:
-    """The policies of smoothing that were tried."""
-    key = "error over the best"
-    rows = report.tables.get("policies", [])
-    greatest = max((row[key] - 1 for row in rows), default=0.0) or 1.0
-    found = {
-        (row["alpha"], row["quantile"]): Square(
-            1 - sqrt(max(row[key] - 1, 0.0) / greatest),
-            str(row["taken"] or ""),
-            f"α {row['alpha']:g}, quantile {brief(row['quantile'])}: {row[key]:.4g} times the least error, mean of {row['groups']} groups; "
-            f"taken by {row['taken']}",
-        )
-        for row in rows
-    }
-    lead = (
-        f"Scales s = a^α / w^(1−α), a the q-quantile of |x|. Stronger colour is less error, from {1 + greatest:.3g} times the least that a "
-    )
-    lead += "group knows down to it; the number is that of groups which took the policy."
-    chart = [Figure(charts.squares("error by α and quantile", found, "α", "quantile"), "wide")] if found else []
-    return Section("policies", "Smoothing: α × quantile", chart, lead)
-
-
-def predicted(report: Saved) -> Section:
-    """Predicted losses beside those that were measured."""
-    items: list[Item] = [Panels(panels)] if (panels := [*_budgets(report), *_sites(report)]) else []
-    if report.measures:
-        columns = list(dict.fromkeys(key for values in report.measures.values() for key in values))
-        rows = [[name, *(brief(values.get(key)) for key in columns)] for name, values in report.measures.items()]
-        items.append(Sheet(["text", *columns], rows))
-    return Section("predicted", "Predicted and measured", items)
-
-
-def _budgets(report: Saved) -> list[Panel]:
-    rows = report.tables.get("budgets", [])
-    if not rows:
-        return []
-    unit = picture.loss(rows)
-
-    def points(key: str, chosen: Callable[[Mapping[str, Any]], bool]) -> list[tuple[float, float, str]]:
-        taken = [row for row in rows if chosen(row) and row[key] is not None and isfinite(row[key])]
-        return [(row["bits"], row[key], f"{row['bits']:.3f} bits: {row[key]:.4g} {unit}") for row in taken]
-
-    series = [
-        Series("predicted", "was", points(unit, lambda row: row["measured"] is None or row["chosen"]), line=True),
-        Series("chosen, predicted", "is", points(unit, lambda row: row["chosen"]), size=6),
-    ]
-    if unit == NATS:
-        series.append(Series("measured on held-out tokens", "hot", points("measured", lambda row: True), size=5))
-        bits = next((row["bits"] for row in rows if row["chosen"]), 0.0)
-        results = [(bits, values[KL], f"{name}: {values[KL]:.4g}") for name, values in report.measures.items() if KL in values]
-        series.append(Series("the result on texts", "good", results, size=5))
-    chart = charts.curves("predicted loss over the budget", series, "bits per weight", unit, log=True)
-    return [Panel("Loss over the budget", _with_legend(chart, series))]
-
-
-def _sites(report: Saved) -> list[Panel]:
-    rows = report.tables.get("contributions", [])
-    first = rows[0] if rows else {}
-    sides = [next((key for key in first if key.startswith(word)), "") for word in ("predicted", "measured")]
-    if not all(sides):
-        return []
-    points = [(row[sides[0]], row[sides[1]], f"{row['site']}, {row['encoding']}: {row[sides[0]]:.3g}, {row[sides[1]]:.3g}") for row in rows]
-    series = [Series("sites", "is", points, size=4)]
-    return [Panel("Contribution of each site", charts.curves("contributions", series, *sides, diagonal=True))]
-
-
-def _with_legend(chart: Markup, series: Sequence[Series]) -> Markup:
-    entries = Markup("").join(Markup('<span><i class="{}"></i>{}</span>').format(one.tone, one.label) for one in series if one.points)
-    return chart + Markup('<p class="legend">{}</p>').format(entries)
-
-
 def coverage(report: Saved) -> Section:
     """Where the weight bytes went, and why not all are compressed."""
     found = report.coverage
@@ -235,9 +159,9 @@ SECTIONS: Sequence[Callable[[Saved], Section]] = (
     layers.errors,
     layers.widths,
     cache,
-    policies,
+    searches.policies,
     layers.reads,
-    predicted,
+    searches.predicted,
     coverage,
     parts,
     tables,

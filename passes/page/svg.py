@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 TICKS = 4  # about as many on an axis
+WIDE = 5.0  # ratio of its ends from which a logarithmic axis has decades marked
 LETTER = 6.2  # width of a letter of an axis, in the units of a chart
 
 
@@ -56,13 +57,13 @@ class Axis:
 
     def ticks(self) -> list[float]:
         """Round values along the axis."""
-        if self.log:
+        if self.log and self.high > WIDE * self.low:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+            for steps in ((1,), (1, 3), (1, 2, 5)):
                 found = [step * 10.0**decade for decade in decades for step in steps if self.low <= step * 10.0**decade <= self.high]
                 if len(found) >= TICKS - 1:
                     break
-            return found[:: -(-len(found) // (2 * TICKS))] if found else []
+            return found[:: -(-len(found) // (2 * TICKS))]
         step = 10.0 ** math.floor(math.log10((self.high - self.low) / TICKS))
         step *= next(factor for factor in (1, 2, 5, 10) if (self.high - self.low) / (factor * step) <= TICKS + 1)
         first = math.ceil(self.low / step)

@@ -74,7 +74,7 @@ def reads(gm: GraphModule, ctx: Context) -> dict[str, Read]:
             return
         source = exact[node]
         x, quantiles = held[source]
-        error = None if node is source else _short(float((value - x).norm() / x.norm().clamp_min(1e-30)))
+        error = None if node is source else _short(float((value.float() - x.float()).norm() / x.float().norm().clamp_min(1e-30)))
         found.update((layer.path, Read(quantiles, error)) for layer in operands[node])
         waiting[source].discard(node)
         if not waiting[source]:

@@ -45,7 +45,7 @@ def columns(title: str, shown: Sequence[Column], values: Sequence[float], *, log
     axis = Axis.over(values, HEIGHT - BOTTOM, TOP, log=log, zero=not log)
     parts = _scale(axis, LEFT, WIDTH - RIGHT)
     slot = (WIDTH - LEFT - RIGHT) / max(len(shown), 1)
-    every = max(1, math.ceil(max((len(column.label) for column in shown), default=0) * LETTER / slot)) if len(shown) > 6 else 1
+    every = max(1, math.ceil(max((len(column.label) + 1 for column in shown), default=1) * LETTER / slot)) if len(shown) > 6 else 1
     for index, column in enumerate(shown):
         middle = LEFT + (index + 0.5) * slot
         width = min(0.8 * slot, WIDEST * max(len(column.bars), 1)) / max(len(column.bars), 1)

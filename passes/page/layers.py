@@ -47,10 +47,8 @@ def errors(report: Saved) -> Section:
 def widths(report: Saved) -> Section:
     """The map of widths."""
     sheet = width_map(report)
-    lead = (
-        "Bits of the weight; after a dot the weights that share a scale, if it is no whole channel; after a slash the bits of the input. "
-    )
-    lead += "Places where nothing is rounded are left out."
+    lead = "Bits of the weight; after a dot the weights that share a scale, if it is no whole channel; after a slash the bits of the "
+    lead += "input. Places where nothing is rounded are left out."
     return Section("widths", "Widths", [sheet] if sheet else [], lead)
 
 

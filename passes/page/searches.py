@@ -30,10 +30,8 @@ def policies(report: Saved) -> Section:
         )
         for row in rows
     }
-    lead = (
-        "Scales s = a^α / w^(1−α), a the quantile of |x| or its mean, w the greatest weight. The stronger the colour, the less error; the "
-    )
-    lead += f"palest is {1 + greatest:.3g} times the least. Numbers count the groups that took the policy."
+    lead = "Scales s = a^α / w^(1−α), a the quantile of |x| or its mean, w the greatest weight. The stronger the colour, the less error: "
+    lead += f"the palest is {1 + greatest:.3g} times the least. Numbers count the groups that took the policy."
     chart = [Figure(charts.squares("error by α and quantile", found, "α", "quantile"), "wide")] if found else []
     return Section("policies", "Smoothing: α × quantile", chart, lead)
 

@@ -78,7 +78,7 @@ def _sites(report: Saved) -> list[Panel]:
         return []
     points = [(row[sides[0]], row[sides[1]], f"{row['site']}, {row['encoding']}: {row[sides[0]]:.3g}, {row[sides[1]]:.3g}") for row in rows]
     series = [Series("sites", "is", points, size=4)]
-    return [Panel("Contribution of each site", charts.curves("contributions", series, *sides, diagonal=True))]
+    return [Panel("Contribution of each site; dashed where both are equal", charts.curves("contributions", series, *sides, diagonal=True))]
 
 
 def _greatest(report: Saved) -> list[Sheet]:

@@ -205,6 +205,17 @@ def check_patterns(patterns: Iterable[str], known: Iterable[Layer], option: str)
             raise OptionError(f"{pattern!r} matches no layer", where=option, remedy=f"layers end in {names}")
 
 
+def floats(gm: GraphModule) -> Iterator[tuple[Node, Tensor]]:
+    """Every stored tensor that is no part of a quantized one, with its node; tensors that share memory once, by the first."""
+    parts = {str(operand.target) for node, *_ in quantized(gm) for operand in node.all_input_nodes}
+    seen: set[int] = set()
+    for node in gm.graph.find_nodes(op="get_attr"):
+        tensor = edit.attribute(gm, node)
+        if str(node.target) not in parts and (tensor.data_ptr() not in seen or not tensor.numel()):
+            seen.add(tensor.data_ptr())
+            yield node, tensor
+
+
 def quantized(gm: GraphModule) -> Iterator[tuple[Node, Encoding, Tensor, int]]:
     """Every stored quantized tensor: its dequantize node, its encoding, its codes, and its bits with scales and zero points counted."""
     seen: set[str] = set()

@@ -5,27 +5,34 @@ import math
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ir import edit
+from ir import edit, numerics
 from ir.encoding import Encoding
 from ir.numerics import QParams
 from ir.ops import DEQUANTIZE
 from ir.rounding import SCALE_DTYPE, Evidence, Rounding
 from ir.sites import Layer, layers
 
+ERROR = "rounding_error"  # the entry of a dequantize operator's `node.meta`: ‖Ŵ − W‖ / ‖W‖, as the weight was rounded
+
 
 def set_codes(gm: GraphModule, layer: Layer, encoding: Encoding, codes: Tensor, qparams: QParams) -> None:
     """Make a layer read `dequantize(codes, scale, zero_point)` instead of its floating-point weight, which is dropped by the next `clean`.
 
-    The tensors are stored as `<weight>_codes`, `<weight>_scale` and `<weight>_zero_point`, beside the weight's own name.
+    The tensors are stored as `<weight>_codes`, `<weight>_scale` and `<weight>_zero_point`, beside the weight's own name. The operator's
+    `meta` keeps the relative error that they leave.
     """
     weight = layer.weight
     name, dtype = str(weight.target), edit.value(weight).dtype
+    W = edit.attribute(gm, weight).detach().float()
+    error = float((numerics.dequantize(codes, qparams, encoding).detach() - W).norm() / W.norm().clamp_min(numerics.TINY))
     parts = {"codes": codes, "scale": qparams.scale, "zero_point": qparams.zero_point}
     nodes = {
         key: None if tensor is None else edit.add_attribute(gm, f"{name}_{key}", tensor, before=layer.node) for key, tensor in parts.items()
     }
     operands = (nodes["codes"], nodes["scale"], nodes["zero_point"], str(encoding), dtype)
-    layer.site("weight").read(edit.emit(gm, DEQUANTIZE, operands, before=layer.node))
+    restored = edit.emit(gm, DEQUANTIZE, operands, before=layer.node)
+    restored.meta[ERROR] = error
+    layer.site("weight").read(restored)
     edit.drop(gm, weight)
 
 

@@ -1,4 +1,4 @@
-"""The command line: `fxpress compile | eval | generate | passes | inspect | plot`. A command parses, calls and prints.
+"""The command line: `fxpress compile | eval | generate | passes | inspect | report | compare`. A command parses, calls and prints.
 
 What needs torch is imported inside of the commands, so that `--help` and bad usage are answered at once.
 """
@@ -6,6 +6,7 @@ What needs torch is imported inside of the commands, so that `--help` and bad us
 import logging
 import sys
 import warnings
+import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,6 +41,7 @@ app = typer.Typer(
 Window = Annotated[int, typer.Option(min=2, help="Tokens in a window of text.")]
 Windows = Annotated[int, typer.Option(min=1, help="Windows of the text to measure on, from its beginning.")]
 Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16: the dtype that the model is loaded in.")]
+NoOpen = Annotated[bool, typer.Option("--no-open", help="Only print where the page is.")]
 Model = Annotated[str, typer.Argument(help="A folder with a checkpoint, or a model on the Hub.")]
 
 
@@ -184,13 +186,38 @@ def inspect_(
     _print(*inspection.tables(gm, ctx), *(f"note: {note}" for note in ctx.notes))
 
 
-@app.command("plot")
-def plot_(directory: Annotated[Path, typer.Argument(help="A folder that `fxpress compile` wrote, with a choice of widths.")]) -> None:
-    """Draw the widths of a compressed model, and the predicted loss over the budget, into its folder."""
-    from passes.plots import plot
+@app.command("report")
+def report_(
+    directory: Annotated[Path, typer.Argument(help="A folder that `fxpress compile` wrote.")],
+    no_open: NoOpen = False,
+) -> None:
+    """Open the report of a compressed model in the browser."""
+    from passes import page
 
-    for path in plot(directory):
-        typer.echo(path)
+    path = directory / page.FILE
+    _open(path if path.is_file() else page.write_report(directory), no_open)
+
+
+@app.command("compare")
+def compare_(
+    first: Annotated[Path, typer.Argument(help="A folder that `fxpress compile` wrote.")],
+    second: Annotated[Path, typer.Argument(help="Another one.")],
+    out: Annotated[Path, typer.Option(help="Page to write.")] = Path("compare.html"),
+    no_open: NoOpen = False,
+) -> None:
+    """Put two compiles side by side, as a table and as a page in the browser."""
+    from passes import page
+
+    path, tables = page.write_comparison(first, second, out)
+    _print(*tables)
+    _open(path, no_open)
+
+
+def _open(path: Path, no_open: bool) -> None:
+    """Print where a page is; show it in a browser, if there is one."""
+    typer.echo(path)
+    if not no_open and not webbrowser.open(path.resolve().as_uri()):
+        typer.echo("there is no browser to open it in", err=True)
 
 
 def _print(*parts: Any) -> None:

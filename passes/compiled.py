@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from ir.errors import DataError, OptionError
 from ir.signature import Signature
-from passes import registry
+from passes import page, registry
 from passes.backend import Executable
 from passes.base import Record
 from passes.recipe import Recipe
@@ -72,11 +72,11 @@ class Compiled:
     def report(self) -> Report:
         """The report of the compile; of a loaded model it is in the folder's `report.json`."""
         if self._report is None:
-            raise OptionError("a loaded model has no report in memory", remedy="read report.json in its folder")
+            raise OptionError("a loaded model has no report in memory", remedy="read report.json or report.html in its folder")
         return self._report
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
-        """Write a folder that `passes.load` reads: the backend's files, recipe, report, and tokenizer files where known.
+        """Write a folder that `passes.load` reads: the backend's files, recipe, report (data and page), and tokenizer files where known.
 
         The folder appears complete, or not at all.
 
@@ -92,6 +92,7 @@ class Compiled:
             if self._report is not None:
                 self._report.target |= self.executable.report()
                 (partial / "report.json").write_text(json.dumps(self._report.to_json(), indent=1, default=str), encoding="utf-8")
+                page.write_report(partial)
             if self._recipe is not None:
                 self._recipe.write(partial / "recipe.yaml")
             _save_tokenizer(self._tokenizer, partial)

@@ -21,6 +21,7 @@ from passes.base import Context, Pass
 from passes.calibration import flat_batches
 from passes.calls import call_text
 from passes.compiled import Compiled
+from passes.layerwise import View, layer_rows, part_rows, read_rows
 from passes.pipeline import Pipeline
 from passes.probe import model_outputs, relative_error
 from passes.progress import Progress
@@ -79,9 +80,11 @@ def compile(
     ctx = Context(batches, _probe(gm, batches) or example, seed, progress or Progress(), backend=target, allow_partial=allow_partial)
     ctx.original = edit.copied(gm)
     original = _original(gm, ctx)
+    before = View.of(gm, ctx)
     trace = steps.execute(gm, ctx)
     ctx.progress.say(f"lowering to {target.name}")
     executable = target.lower(gm, gm.meta["example"], ctx.notes)
+    after = View.of(gm, ctx)
     report = Report(
         model=type(model).__name__,
         pipeline=str(steps),
@@ -91,6 +94,9 @@ def compile(
         skipped=left_out(gm, ctx.skipped),
         notes=ctx.notes,
         tables=ctx.tables,
+        layers=layer_rows(gm, after),
+        reads=read_rows(gm, before, after),
+        parts=part_rows(before, after),
         difference=relative_error(model_outputs(gm, ctx.probe), original),
         seconds=time.perf_counter() - started,
         peak_bytes=_peak_bytes(),

@@ -15,7 +15,7 @@ from passes.grid import Grid, grid, merged
 Rows = Sequence[Mapping[str, Any]]
 T = TypeVar("T")
 
-# Of 1 to 8 bits, from viridis: brighter is wider, to every reader; narrow widths, the most common, are furthest apart. Plots use them too.
+# Of 1 to 8 bits, from viridis: brighter is wider, to every reader; narrow widths, the most common, are furthest apart. Pages use them too.
 COLOURS = ("#440154", "#414487", "#2a788e", "#22a884", "#44bf70", "#7ad151", "#bddf26", "#fde725")
 DARK = 3  # up to this width the colour needs white text
 GREATEST = 6  # contributions that are shown
@@ -102,6 +102,20 @@ def budgets(rows: Rows) -> list[RenderableType]:
     return [Text("\n".join(lines))]
 
 
+def smoothing(rows: Rows) -> list[RenderableType]:
+    """One line for what all groups took."""
+    ranges = []
+    for name in ("alpha", "quantile"):
+        taken = sorted({row[name] for row in rows})
+        ranges.append(f"{name} {taken[0]}" + (f" to {taken[-1]:.4g}" if len(taken) > 1 else ""))
+    return [Text(f"smoothing of {len(rows)} groups of channels: {', '.join(ranges)}")]
+
+
+def unseen(rows: Rows) -> list[RenderableType]:
+    """Nothing: the table is for the page."""
+    return []
+
+
 def loss(rows: Rows) -> str:
     """The column of the predicted loss in the tables `widths` and `budgets`: its unit."""
     return next(key for key in rows[0] if key not in {"bits", "measured", "chosen", "layer", "encoding", "weights", "kept"})
@@ -113,6 +127,8 @@ DRAWN: dict[str, Callable[[Rows], list[RenderableType]]] = {
     "contributions": contributions,
     "interactions": interactions,
     "budgets": budgets,
+    "smoothing": smoothing,
+    "policies": unseen,
 }
 
 

@@ -9,8 +9,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from torch.fx import GraphModule
 
-from ir import edit
-from ir.sites import layers, quantized
+from ir.sites import floats, layers, quantized
 from passes import picture
 from passes.base import Record, Skip
 from passes.units import KL, NATS
@@ -53,25 +52,16 @@ def coverage(gm: GraphModule, skipped: Iterable[Skip]) -> Coverage:
     """Account for every stored tensor of a graph."""
     reasons = {skip.path: skip.reason for skip in skipped}
     compressed = elements = bits = 0
-    parts: set[str] = set()
     for node, _, codes, used in quantized(gm):
         compressed += codes.numel() * node.args[4].itemsize  # type: ignore[union-attr]
         elements += codes.numel()
         bits += used
-        parts |= {str(operand.target) for operand in node.all_input_nodes}
     why: dict[str, str] = {}
     for layer in layers(gm):
         if layer.weight.op == "get_attr":
             why.setdefault(str(layer.weight.target), reasons.get(layer.path, "not annotated"))  # a shared weight goes by its first reader
     left: dict[str, int] = {}
-    seen: set[int] = set()
-    for node in gm.graph.nodes:
-        if node.op != "get_attr" or str(node.target) in parts:
-            continue
-        tensor = edit.attribute(gm, node)
-        if tensor.data_ptr() in seen and tensor.numel():
-            continue
-        seen.add(tensor.data_ptr())
+    for node, tensor in floats(gm):
         reason = why.get(str(node.target), OTHERS)
         left[reason] = left.get(reason, 0) + tensor.nbytes
     rest = sum(left.values())
@@ -99,6 +89,9 @@ class Report:
     seconds: float
     peak_bytes: int
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    reads: list[dict[str, Any]] = field(default_factory=list)
+    parts: list[dict[str, Any]] = field(default_factory=list)
     target: dict[str, Any] = field(default_factory=dict)
     measures: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -142,6 +135,9 @@ class Report:
             "skipped": [vars(skip) for skip in self.skipped],
             "notes": list(self.notes),
             "tables": self.tables,
+            "layers": self.layers,
+            "reads": self.reads,
+            "parts": self.parts,
             "target": self.target,
             "measures": self.measured(),
         }

@@ -13,8 +13,10 @@ from ir.channels import ChannelGroup, Map, Member, channel_groups
 from ir.errors import DataError, OptionError
 from ir.sites import Layer, chosen, readers
 from ir.statistics import TensorStatistics
+from passes import policies
 from passes.base import Context, Effect, Pass
 from passes.observation import observed, tokens_of, watch
+from passes.policies import Search
 
 PLACES = ("norm", "mlp", "values")
 AWQ = tuple(smoothing.Policy(round(0.05 * i, 2), "mean") for i in range(21))
@@ -79,13 +81,18 @@ class SmoothChannels(Pass):
         paths = {source: found[0].path for source, found in readers(gm).items()}
         plans = self._plans(gm, ctx)
         samples = _samples(gm, ctx, [source for plan in plans for source in plan.sources]) if self.search else {}
+        searches: dict[str, Search] = {}
         for plan in ctx.track(plans, "smooth"):
             if self.search:
-                s = self._searched(plan, {source: samples[source] for source in plan.sources})
+                tokens = {source: samples[source] for source in plan.sources}
+                found = searches[plan.read[0][1].path] = self._searched(plan, tokens)
+                s = plan.scales(found.taken.alpha, found.taken.q, tokens)
             else:
                 seen = {source: statistics[paths[source]] for source in plan.sources}
                 s = plan.scales(self.alpha, "mean" if self.mean else self.quantile, seen)
             maps.apply(gm, plan.group, 1 / s.double())
+        if searches:
+            ctx.tables |= policies.tables(searches)
         return len(plans)
 
     def _plans(self, gm: GraphModule, ctx: Context) -> list["_Plan"]:
@@ -103,8 +110,8 @@ class SmoothChannels(Pass):
                 plans.append(_Plan(gm, group, read))
         return plans
 
-    def _searched(self, plan: "_Plan", tokens: Mapping[Node, Tensor]) -> Tensor:
-        """The scales of the policy with the least error of the readers' outputs."""
+    def _searched(self, plan: "_Plan", tokens: Mapping[Node, Tensor]) -> Search:
+        """The policy with the least error of the readers' outputs: scales of one half of the tokens, the error on the other."""
         halves = {source: X.tensor_split(2) for source, X in tokens.items()}
         seen, held = ({source: half[side] for source, half in halves.items()} for side in (0, 1))
         bits_w, bits_x = plan.bits("weight"), plan.bits("input")
@@ -118,12 +125,7 @@ class SmoothChannels(Pass):
             ]
             return float(sum(errors))
 
-        if self.mean:
-            return plan.scales(min(AWQ, key=error).alpha, "mean", tokens)
-        alphas = sorted(smoothing.N1, key=error)[:5]
-        quantiles = sorted(smoothing.N2, key=error)[:5]
-        best = min(smoothing.product([p.alpha for p in alphas], [p.q for p in quantiles]), key=error)
-        return plan.scales(best.alpha, best.q, tokens)
+        return policies.among(AWQ, error) if self.mean else policies.crossed(smoothing.N1, smoothing.N2, error)
 
 
 @dataclass(frozen=True)

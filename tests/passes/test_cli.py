@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -85,7 +86,7 @@ def refused(result: Result, *words: str, code: int = 1) -> None:
 
 def test_compile_writes_a_folder_and_a_page(compiled: tuple[Path, str]) -> None:
     out, page = compiled
-    assert {"fxpress.json", "recipe.yaml", "report.json", "tokenizer.json"} <= {file.name for file in out.iterdir()}
+    assert {"fxpress.json", "recipe.yaml", "report.json", "report.html", "tokenizer.json"} <= {file.name for file in out.iterdir()}
     for words in ("round_weights", "effective bits", "embeddings are left out by default", "test.txt, before", "on disk"):
         assert words in page
     measures = json.loads((out / "report.json").read_text())["measures"]
@@ -189,18 +190,34 @@ def test_bad_files_are_refused_before_the_model_is_loaded(run: Run, tmp_path: Pa
     refused(run("compile", "no/such/model", "--recipe", tmp_path / "empty.txt", "--out", tmp_path / "out"), "not a recipe")
 
 
-def test_plot_draws_into_a_folder_with_a_choice_of_widths(
-    run: Run, compiled: tuple[Path, str], model: Path, checkpoint: Path, tmp_path: Path
-) -> None:
-    refused(run("plot", compiled[0]), "no choice of widths")
-    refused(run("plot", tmp_path), "not a report")
+def test_compile_shows_what_was_predicted_beside_what_was_measured(run: Run, model: Path, checkpoint: Path, tmp_path: Path) -> None:
     pipeline = "canonicalize, annotate(scheme='W4A16', group=32), assign_bits(bits=4.0, rounding='nearest', tokens=64), round_weights"
     texts = ("--calibration", checkpoint / "calibration.txt", "--text", checkpoint / "test.txt")
     arguments = ("--pipeline", pipeline, *texts, "--backend", "reference", "--out", tmp_path / "out", *SMALL)
     assert "KL predicted" in run("compile", model, *arguments).stdout
-    result = run("plot", tmp_path / "out")
+    assert "KL predicted" in (tmp_path / "out/report.html").read_text()
+
+
+def test_report_opens_the_page(run: Run, compiled: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda address: bool(opened.append(address)))
+    result = run("report", compiled[0])
+    assert result.exit_code == 0 and opened == [(compiled[0] / "report.html").as_uri()]
+    assert "there is no browser" in result.stderr
+    shutil.copy(compiled[0] / "report.json", tmp_path)
+    assert run("report", tmp_path, "--no-open").stdout.split() == [str(tmp_path / "report.html")]
+    assert (tmp_path / "report.html").read_text() == (compiled[0] / "report.html").read_text()
+    assert len(opened) == 1
+    refused(run("report", tmp_path / "nothing"), "not a report")
+
+
+def test_compare_writes_a_page_and_prints_a_table(run: Run, compiled: tuple[Path, str], tmp_path: Path) -> None:
+    shutil.copytree(compiled[0], tmp_path / "other")
+    result = run("compare", compiled[0], tmp_path / "other", "--out", tmp_path / "both.html", "--no-open")
     assert result.exit_code == 0, result.output
-    assert len(result.stdout.split()) == 4 and all(Path(line).is_file() for line in result.stdout.split())
+    assert all(words in result.stdout for words in ("effective bits", "perplexity, test.txt, after", "other", "both.html"))
+    assert "<title>out and other</title>" in (tmp_path / "both.html").read_text()
+    refused(run("compare", compiled[0], tmp_path), "not a report")
 
 
 def test_bad_usage_exits_with_2(run: Run, tmp_path: Path) -> None:

@@ -73,6 +73,12 @@ def test_budgets_are_a_line_and_what_was_measured():
     assert all(words in lines[1] for words in ("4.000 bits", "0.01 predicted", "0.25 measured", "chosen"))
 
 
+def test_what_smoothing_took_is_one_line():
+    rows = [{"layer": "a", "alpha": 0.5, "quantile": 0.98}, {"layer": "b", "alpha": 0.25, "quantile": 0.98}]
+    assert text(picture.smoothing(rows)) == "smoothing of 2 groups of channels: alpha 0.25 to 0.5, quantile 0.98\n"
+    assert picture.DRAWN["policies"]([{"alpha": 0.5}]) == []
+
+
 def test_only_the_strongest_interactions_are_shown():
     page = text(picture.interactions([{"first": f"a{i}", "second": "b", "nats a token": -0.5} for i in range(9)]))
     assert "a5" in page and "a6" not in page and "-0.5" in page

@@ -1,7 +1,7 @@
 """`Quantizer`: our pipelines as a plug-in of `transformers.exporters`, for `DynamoConfig(quantizer=...)` and `OnnxConfig(quantizer=...)`.
 
-The exporter traces the model, hands over the graph, and traces what it gets back once more. For ONNX it then calls `torch.onnx.export`, which
-knows none of our operators: for graphs that this plug-in made, the backend `onnx` takes its place, as in `passes.compile`.
+The exporter traces the model, hands over the graph, and traces what it gets back once more. For ONNX it then calls `torch.onnx.export`,
+which knows none of our operators: for graphs that this plug-in made, the backend `onnx` takes its place, as in `passes.compile`.
 """
 
 import functools

@@ -26,6 +26,7 @@ def folder(request, checkpoint, tmp_path_factory):
     windows = token_windows((checkpoint / "calibration.txt").read_text(), tokenizer, window=32, count=8)
     config = FAMILIES[family]()
     config.num_hidden_layers, config.vocab_size = 1, len(tokenizer)
+    config.tie_word_embeddings = True
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     compiled = passes.compile(model, pipeline, [windows], "onnx", tokenizer=tokenizer)

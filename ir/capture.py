@@ -15,14 +15,13 @@ import transformers
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
-from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
 from ir import edit
-from ir.canonical import drop_checks
 from ir.errors import CaptureError, DataError
-from ir.signature import CACHE, CACHE_PARTS, PRESENT, Port, Signature
+from ir.flatten import flatten, input_names, output_names
+from ir.signature import CACHE
 
 BATCH, LENGTH, PAST = 2, 3, 5  # sizes of the traced example; sizes of 0 and 1 would be specialised
 
@@ -140,24 +139,14 @@ def _capture_pretrained(model: transformers.PreTrainedModel, inputs: Inputs) -> 
     given = dict(inputs)
     inputs = {name: v for name, v in inputs.items() if not isinstance(v, bool)}  # flags, use_cache=False, shape the trace and are gone
     config = DynamoConfig(dynamic_shapes={name: _dynamic(v) for name, v in inputs.items()})
-    example = [leaf.detach().clone() for leaf in pytree.tree_leaves(inputs)]
+    example = pytree.tree_leaves(inputs)
     program = _traced(model, lambda: exporter.export_program(model, given, config)[0])
-    names: list[str] = []
-    for name, v in inputs.items():
-        leaves = pytree.tree_leaves(v)
-        names += [name] if isinstance(v, Tensor) else [f"{name}.{i // 2}.{CACHE_PARTS[i % 2]}" for i in range(len(leaves))]
     structure = program.call_spec.out_spec
     assert structure is not None
-    result = pytree.tree_unflatten([torch.tensor(i) for i in range(structure.num_leaves)], structure)  # caches flatten tensors only
-    fields = dict(result.items()) if hasattr(result, "items") else {f"output_{i}": v for i, v in enumerate(result)}
-    outputs = [""] * structure.num_leaves
-    for field, v in fields.items():
-        if isinstance(v, Tensor):
-            outputs[int(v)] = field
-        else:
-            for i, leaf in enumerate(pytree.tree_leaves(v)):
-                outputs[int(leaf)] = f"{PRESENT}.{i // 2}.{CACHE_PARTS[i % 2]}" if field == CACHE else f"{field}.{i}"
-    gm = _flat(program, names, outputs, example, output_class=type(result).__name__, positional=tuple(n for n in names if "." not in n))
+    output_class, outputs = output_names(structure)
+    names = input_names(inputs)
+    positional = [name for name in names if "." not in name]
+    gm = flatten(program.module(check_guards=False), names, outputs, example, output_class, positional)
     gm.meta["config"], gm.meta["architecture"] = model.config, type(model).__name__
     gm.meta["generation"] = getattr(model, "generation_config", None)
     return gm
@@ -182,8 +171,8 @@ def _capture_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     order = _parameters(model)[: len(args)]
     positional = tuple(order) if len(order) == len(args) and "args" not in order else tuple(f"input_{i}" for i in range(len(args)))
     count = program.call_spec.out_spec.num_leaves if program.call_spec.out_spec else 1
-    example = [leaf.detach().clone() for leaf in leaves]
-    return _flat(program, [*positional, *kwargs], [f"output_{i}" for i in range(count)], example, positional=positional)
+    outputs = [f"output_{i}" for i in range(count)]
+    return flatten(program.module(check_guards=False), [*positional, *kwargs], outputs, leaves, positional=positional)
 
 
 def _traced(model: nn.Module, trace: Callable[[], ExportedProgram]) -> ExportedProgram:
@@ -195,32 +184,3 @@ def _traced(model: nn.Module, trace: Callable[[], ExportedProgram]) -> ExportedP
             f"torch.export cannot trace {type(model).__name__}: {type(error).__name__}: {reason[0] if reason else ''}",
             remedy="the chained error names the line; data-dependent control flow has to be rewritten or kept outside of the model",
         ) from error
-
-
-def _flat(
-    program: ExportedProgram,
-    inputs: list[str],
-    outputs: list[str],
-    example: list[Tensor],
-    output_class: str = "",
-    positional: tuple[str, ...] = (),
-) -> GraphModule:
-    """The program's module with flat inputs and outputs, and their names."""
-    gm = program.module(check_guards=False)
-    assert isinstance(gm, GraphModule)
-    gm.graph.set_codegen(CodeGen())
-    gm = edit.copied(gm)
-    edit.merge_attributes(gm)
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    (returned,) = gm.graph.output_node().args
-    if len(placeholders) != len(inputs) or not isinstance(returned, tuple | list) or len(returned) != len(outputs):
-        raise CaptureError(f"the graph has {len(placeholders)} inputs where {len(inputs)} were traced", remedy="report this model's class")
-    gm.graph.output_node().args = (tuple(returned),)
-    ports = [Port.of(name, node.meta["val"]) for name, node in zip(inputs, placeholders, strict=True)]
-    results = [Port.of(name, node.meta["val"]) for name, node in zip(outputs, returned, strict=True)]
-    gm.meta["signature"] = Signature(tuple(ports), tuple(results), output_class, positional)
-    gm.meta["example"] = example
-    drop_checks(gm)
-    edit.settle_sizes(gm)
-    gm.recompile()
-    return gm

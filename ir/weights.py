@@ -1,6 +1,7 @@
 """Stored weights: where codes, scales and zero points live in a graph."""
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 from torch.fx import GraphModule
@@ -15,34 +16,52 @@ from ir.sites import Layer, layers
 ERROR = "rounding_error"  # the entry of a dequantize operator's `node.meta`: ‖Ŵ − W‖ / ‖W‖, as the weight was rounded
 
 
-def set_codes(gm: GraphModule, layer: Layer, encoding: Encoding, codes: Tensor, qparams: QParams) -> None:
+def set_codes(gm: GraphModule, layer: Layer, encoding: Encoding, codes: Tensor, qparams: QParams, followers: Sequence[Layer] = ()) -> None:
     """Make a layer read `dequantize(codes, scale, zero_point)` instead of its floating-point weight, which is dropped by the next `clean`.
 
     The tensors are stored as `<weight>_codes`, `<weight>_scale` and `<weight>_zero_point`, beside the weight's own name. The operator's
     `meta` keeps the relative error that they leave.
+
+    Args:
+        followers: other layers with the same weight, which read the same codes.
     """
     weight = layer.weight
     name, dtype = str(weight.target), edit.value(weight).dtype
     W = edit.attribute(gm, weight).detach().float()
     error = float((numerics.dequantize(codes, qparams, encoding).detach() - W).norm() / W.norm().clamp_min(numerics.TINY))
     parts = {"codes": codes, "scale": qparams.scale, "zero_point": qparams.zero_point}
+    reading = {reader.node for reader in (layer, *followers)}
+    first = next(node for node in gm.graph.nodes if node in reading)
     nodes = {
-        key: None if tensor is None else edit.add_attribute(gm, f"{name}_{key}", tensor, before=layer.node) for key, tensor in parts.items()
+        key: None if tensor is None else edit.add_attribute(gm, f"{name}_{key}", tensor, before=first) for key, tensor in parts.items()
     }
     operands = (nodes["codes"], nodes["scale"], nodes["zero_point"], str(encoding), dtype)
-    restored = edit.emit(gm, DEQUANTIZE, operands, before=layer.node)
-    restored.meta[ERROR] = error
-    layer.site("weight").read(restored)
+    values = edit.emit(gm, DEQUANTIZE, operands, before=first, like=layer.node)
+    values.meta[ERROR] = error
+    for reader in (layer, *followers):
+        reader.site("weight").read(values)
     edit.drop(gm, weight)
 
 
+def followers_of(gm: GraphModule, layer: Layer) -> list[Layer]:
+    """The embeddings that read the weight of a linear, a tied head, in the encoding that it has: they take its codes."""
+    encoding = layer.site("weight").encoding
+    if layer.kind != "Linear":
+        return []
+    return [
+        other
+        for other in unrounded(gm)
+        if other.kind == "Embedding" and other.weight is layer.weight and other.site("weight").encoding == encoding
+    ]
+
+
 def round_layer(gm: GraphModule, layer: Layer, rounding: Rounding, evidence: Evidence | None = None, weight: Tensor | None = None) -> None:
-    """Round a layer's weight as it is annotated; or another `weight [N, K]` in its place."""
+    """Round a layer's weight as it is annotated; or another `weight [N, K]` in its place. Tied embeddings take the codes."""
     encoding = layer.site("weight").encoding
     assert encoding is not None
     weight = edit.attribute(gm, layer.weight) if weight is None else weight
     codes, qparams = rounding.round_weight(weight, encoding, evidence or Evidence())
-    set_codes(gm, layer, encoding, codes, qparams)
+    set_codes(gm, layer, encoding, codes, qparams, followers_of(gm, layer))
 
 
 def stored_bits(shape: tuple[int, ...], encoding: Encoding) -> int:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from passes.base import Context, Effect, Pass
     from passes.compiled import Compiled, load
     from passes.driver import compile
+    from passes.exporters import Quantizer
     from passes.pipeline import Pipeline
     from passes.recipe import Recipe
 
@@ -24,6 +25,7 @@ _WHERE = {
     "FxpressError": "ir.errors",
     "Pass": "passes.base",
     "Pipeline": "passes.pipeline",
+    "Quantizer": "passes.exporters",
     "Recipe": "passes.recipe",
     "compile": "passes.driver",
     "emit": "ir.edit",
@@ -40,6 +42,7 @@ __all__ = [
     "FxpressError",
     "Pass",
     "Pipeline",
+    "Quantizer",
     "Recipe",
     "compile",
     "emit",

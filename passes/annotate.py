@@ -34,7 +34,8 @@ class Annotate(Pass):
         targets: layers to quantize: class names, paths, last components of paths, or `re:` and a regular expression.
         ignore: layers to leave out, in the same language.
         head: quantize output heads too.
-        embeddings: quantize embeddings too, with `bits` of the weights, one scale per row.
+        embeddings: quantize embeddings too, with `bits` of the weights, one scale per row; one that is tied to a quantized head exactly
+            as the head, so that both can share codes.
 
     Raises:
         OptionError: an unknown scheme, or a pattern that matches nothing.
@@ -89,12 +90,15 @@ class Annotate(Pass):
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Annotate, and record what is left out."""
         covered = 0
-        for layer, reason in self._decisions(gm):
+        decisions = list(self._decisions(gm))
+        linears = {layer.weight for layer, reason in decisions if layer.kind == "Linear" and reason is None}
+        for layer, reason in decisions:
             if reason is not None:
                 if layer.site("weight").encoding is None:  # else an earlier pass has annotated it
                     ctx.skip(layer.path, reason, _size(gm, layer))
                 continue
-            layer.site("weight").annotate(self._row_encoding if layer.kind == "Embedding" else self.weights)
+            alone = layer.kind == "Embedding" and layer.weight not in linears
+            layer.site("weight").annotate(self._row_encoding if alone else self.weights)
             if layer.kind == "Linear":
                 layer.site("input").annotate(self.activations)
             covered += 1

@@ -7,7 +7,7 @@ from torch.fx import GraphModule
 
 from ir.errors import DataError, OptionError
 from ir.rounding import METHODS, Nearest, Rounding
-from ir.weights import round_layer, unrounded
+from ir.weights import followers_of, round_layer, unrounded
 from passes.base import Context, Effect, Pass
 from passes.calibration import tokens_in
 from passes.calls import fits
@@ -125,9 +125,10 @@ class RoundWeights(Pass):
         pending = {layer.node: layer for layer in unrounded(gm)}
         linears = {node: layer for node, layer in pending.items() if layer.kind == "Linear" and rounding.needs}
         known = gather(gm, ctx, linears, rounding, self._share) if linears else iter(())
-        # First of all what has no inputs to weigh, embeddings: the linears then see what they give once rounded.
+        tied = {follower.node for layer in pending.values() for follower in followers_of(gm, layer)}
+        # First of all what has no inputs to weigh, embeddings: the linears then see what they give once rounded. Tied ones follow the head.
         for node, layer in pending.items():
-            if node not in linears:
+            if node not in linears and node not in tied:
                 round_layer(gm, layer, Nearest() if rounding.needs else rounding)
         for layer, evidence, weight in known:
             round_layer(gm, layer, rounding, evidence, weight)

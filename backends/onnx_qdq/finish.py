@@ -6,6 +6,7 @@ import onnx_ir as onir
 from onnx_ir.passes import common
 from onnxscript import optimizer, rewriter
 
+from backends.onnx_qdq.forms import SHARED
 from backends.onnx_qdq.legalize import Lowered, key
 from ir.signature import CACHE, Port, Signature
 
@@ -70,7 +71,7 @@ def _is_parameter(v: onir.Value) -> bool:
 def _retag(model: onir.Model, lowered: Sequence[Lowered]) -> None:
     """Give packed bytes the integer type and the shape they stand for."""
     for site in lowered:
-        if site.form.fused != "MatMulNBits" or site.bits == 8:
+        if site.form.fused != "MatMulNBits" or site.form is SHARED or site.bits == 8:
             continue
         dtype = onir.DataType[f"{'INT' if site.weight.startswith('i') else 'UINT'}{site.bits}"]
         rows, columns = site.shape
@@ -90,6 +91,8 @@ def _retag(model: onir.Model, lowered: Sequence[Lowered]) -> None:
 def _name_sites(model: onir.Model, lowered: Sequence[Lowered]) -> None:
     """Name the nodes of each site by its weight, so that profiles and errors can be read."""
     for site in lowered:
+        if site.form is SHARED:
+            continue  # it reads what its embedding is named by
         codes = model.graph.initializers[key(site.name, "codes")]
         for node in codes.consumers():
             node.name = f"{site.name}/{node.op_type}"

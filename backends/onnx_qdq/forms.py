@@ -40,6 +40,7 @@ EMULATED = Form(
     note="activations are rounded as asked but multiplied as floats: ONNX Runtime has no integer kernel for this pair of encodings",
 )
 GATHERED = Form("blocked rows, gathered", "GatherBlockQuantized", (2, 4, 8))
+SHARED = Form("blocked weight, shared with an embedding", "MatMulNBits", (4, 8))
 
 FORMS: Mapping[tuple[str, str, str], Form] = {
     # operator, scales of the weight, activation

@@ -5,6 +5,8 @@ from typing import Any
 
 from ir.signature import CACHE, Signature
 
+TYPE = "decoder"  # any decoder: it refuses names of families that it does not know, and prepares other inputs for some that it does
+
 
 def genai_config(config: Any, signature: Signature, entries: Mapping[str, str], filename: str) -> dict[str, Any] | None:
     """The file's content; None if the model is not a decoder with a cache of floats of one shape.
@@ -26,7 +28,7 @@ def genai_config(config: Any, signature: Signature, entries: Mapping[str, str], 
     padding = text.pad_token_id if text.pad_token_id is not None else _first(end)
     return {
         "model": {
-            "type": getattr(text, "model_type", "decoder"),
+            "type": TYPE,
             "bos_token_id": beginning,
             "eos_token_id": end,
             "pad_token_id": padding,

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 import backends.onnx_qdq.operators  # noqa: F401 (registers the operators)
 from backends.onnx_qdq import layout
-from backends.onnx_qdq.forms import BLOCKED, EMULATED, GATHERED, INTEGER, Form, block_size, form_of, refusal, stored_width
+from backends.onnx_qdq.forms import BLOCKED, EMULATED, GATHERED, INTEGER, SHARED, Form, block_size, form_of, refusal, stored_width
 from backends.onnx_qdq.layout import SAFE_BITS, Stored, Weight
 from backends.onnx_qdq.sites import FXPRESS, Activation, QuantizedSite, is_call, quantized_sites, weight_name, weight_of
 from ir.edit import add_attribute, attribute, clean, copied, merge_attributes, replace, store
@@ -65,7 +65,8 @@ def legalize(gm: GraphModule, options: Options, notes: list[str]) -> tuple[Graph
     """
     copy = copied(gm)
     merge_attributes(copy)
-    lowered = [_lower_site(copy, site, options, notes) for site in list(quantized_sites(copy))]
+    tables: dict[int, Node] = {}  # gathers by the identity of the codes they read
+    lowered = [_lower_site(copy, site, options, notes, tables) for site in list(quantized_sites(copy))]
     clean(copy)
     _fold_weights(copy, notes)
     _cast(copy, options.dtype)
@@ -73,14 +74,22 @@ def legalize(gm: GraphModule, options: Options, notes: list[str]) -> tuple[Graph
     return copy, lowered
 
 
-def _lower_site(gm: GraphModule, site: QuantizedSite, options: Options, notes: list[str]) -> Lowered:
-    """Replace a site by one operator of its form."""
+def _lower_site(gm: GraphModule, site: QuantizedSite, options: Options, notes: list[str], tables: dict[int, Node]) -> Lowered:
+    """Replace a site by one operator of its form, that of a head that is tied to an embedding by one that reads the same table."""
     encodings = {"weight": site.weight.encoding} | ({"input": site.activation.encoding} if site.activation else {})
     reason = refusal(site.operator, encodings, tuple(site.weight.codes.shape))
     if reason:
         raise BackendError(reason, where=site.path, remedy="choose another encoding for this site, or the reference backend")
     form = form_of(site.operator, site.weight.encoding, site.activation.encoding if site.activation else None)
-    bits, emit = _WRITERS[form](gm, site, form, options)
+    table = tables.get(id(site.weight.codes)) if form is BLOCKED else None
+    if table is not None and int(table.args[5]) in SHARED.widths:  # type: ignore[call-overload]
+        form, (bits, emit) = SHARED, _write_shared(site, table)
+    else:
+        bits, emit = _WRITERS[form](gm, site, form, options)
+    if form is GATHERED:
+        tables[id(site.weight.codes)] = emit
+    elif form is not SHARED and "#" in site.name and tables:
+        notes.append(f"{site.name}: tied to an embedding, and stored once more in {_stored_bytes(gm, site)} bytes for another kernel")
     _note(notes, site, form, bits)
     replace(site.node, emit)
     rows, columns = site.weight.codes.shape
@@ -159,6 +168,16 @@ def _write_gathered(gm: GraphModule, site: QuantizedSite, form: Form, options: O
     bits = stored_width(form, site.weight.encoding, 4, block)  # a gather packs along the row, so any number of rows will do
     operands = _attach(gm, site, layout.gathered(site.weight, bits, block))
     return bits, _insert(site, SITE.gather.default, [site.node.args[1], *operands, columns, bits, block])
+
+
+def _write_shared(site: QuantizedSite, table: Node) -> tuple[int, Node]:
+    _, *operands, columns, bits, block = table.args
+    return int(bits), _insert(site, SITE.shared.default, [site.node.args[0], *operands, _bias(site), columns, bits, block])  # type: ignore[call-overload]
+
+
+def _stored_bytes(gm: GraphModule, site: QuantizedSite) -> int:
+    parts = [getattr(gm, key(site.name, part), None) for part in ("codes", "scale", "zero_point")]
+    return sum(tensor.nbytes for tensor in parts if tensor is not None)
 
 
 _WRITERS: dict[Form, Callable[[GraphModule, QuantizedSite, Form, Options], tuple[int, Node]]] = {

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from backends.onnx_qdq.finish import finish
+from backends.onnx_qdq.forms import SHARED
 from backends.onnx_qdq.legalize import Lowered, Options, legalize
 from backends.onnx_qdq.package import GENAI, MODEL, PROPERTY, OnnxExecutable, properties_of, write
 from backends.onnx_qdq.session import (
@@ -50,6 +51,8 @@ def lower(backend: "OnnxQdq", gm: GraphModule, probe: Sequence[Tensor], notes: l
     with torch.no_grad():
         oracle = list(gm(*probe))
     exact = _prove(path, session_entries(EXACT_LEVEL, saturating), backend, gm, probe, oracle)
+    if any(site.form is SHARED for site in sites):
+        _set_level(path, backend.accuracy_level)
     report, session = _measure(path, entries, backend, sites, signature, probe, oracle, notes)
     properties["report"] = {**report, "probe_difference_exact": exact}
     _annotate(path, properties)
@@ -136,10 +139,24 @@ def _site(site: Lowered) -> dict[str, Any]:
     }
 
 
+def _set_level(path: Path, level: int) -> None:
+    """State the accuracy level of products that we write fused, for which sessions have no setting; until now they were exact."""
+    model = onir.load(path)
+    for node in model.graph:
+        if node.op_type == SHARED.fused:
+            node.attributes["accuracy_level"] = onir.AttrInt64("accuracy_level", level)
+    _rewrite(model, path)
+
+
 def _annotate(path: Path, properties: dict[str, Any]) -> None:
-    """Write what is known about a model into its metadata; the weights' file is left as it is."""
+    """Write what is known about a model into its metadata."""
     model = onir.load(path)
     model.metadata_props[PROPERTY] = json.dumps(properties)
+    _rewrite(model, path)
+
+
+def _rewrite(model: onir.Model, path: Path) -> None:
+    """Save a model that was loaded from `path` there; the weights' file is left as it is."""
     scratch = path.with_name(f".{MODEL}")
     onir.save(model, scratch)
     scratch.replace(path)

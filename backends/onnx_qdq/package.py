@@ -68,6 +68,11 @@ class OnnxExecutable:
         """The session that runs the model."""
         return self._session
 
+    def model(self) -> onir.Model:
+        """The model in memory, weights included."""
+        model = onir.load(self._path)
+        return onir.external_data.load_to_model(model)
+
     def report(self) -> dict[str, Any]:
         """Form and storage per site, operators that run, difference from the oracle on the probe, bytes on disk."""
         files = [self._path.with_name(name) for name in (MODEL, WEIGHTS)]

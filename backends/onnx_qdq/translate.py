@@ -1,7 +1,7 @@
 """Write a legalized graph as an ONNX model."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -13,32 +13,42 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from backends.onnx_qdq import arithmetic
-from backends.onnx_qdq.arithmetic import number
+from backends.onnx_qdq.arithmetic import integers, number
 from backends.onnx_qdq.legalize import SITE
 from backends.onnx_qdq.sites import ATEN, FXPRESS
 from ir.errors import BackendError
 from ir.hadamard import factors, orders
 from ir.numerics import TINY
 
-_ANY = (["tensor(uint8)"], ["tensor(int64)", "tensor(int32)"], ["tensor(float)"])
-_GATHER = onnx.defs.OpSchema(
+_TYPES = {"T1": ["tensor(uint8)"], "Tind": ["tensor(int64)", "tensor(int32)"], "T2": ["tensor(float)"]}
+
+
+def _microsoft(name: str, inputs: Mapping[str, str], attributes: Sequence[str]) -> values.Op:
+    """The part that we use of an operator of ONNX Runtime's own, which the onnx package does not know; the last input is optional."""
+    schema = onnx.defs.OpSchema
+    optional = schema.FormalParameterOption.Optional
+    *required, last = [schema.FormalParameter(given, kind) for given, kind in inputs.items()]
+    return values.Op(
+        values.Opset("com.microsoft", 1),
+        name,
+        schema(
+            name,
+            "com.microsoft",
+            1,
+            inputs=[*required, schema.FormalParameter(last.name, last.type_str, param_option=optional)],
+            outputs=[schema.FormalParameter("output", "T2")],
+            type_constraints=[(kind, types, "") for kind, types in _TYPES.items() if kind in inputs.values()],
+            attributes=[schema.Attribute(attribute, schema.AttrType.INT, "") for attribute in attributes],
+        ),
+    )
+
+
+_GATHER = _microsoft(
     "GatherBlockQuantized",
-    "com.microsoft",
-    1,
-    inputs=[
-        onnx.defs.OpSchema.FormalParameter("data", "T1"),
-        onnx.defs.OpSchema.FormalParameter("indices", "Tind"),
-        onnx.defs.OpSchema.FormalParameter("scales", "T2"),
-        onnx.defs.OpSchema.FormalParameter("zero_points", "T1", param_option=onnx.defs.OpSchema.FormalParameterOption.Optional),
-    ],
-    outputs=[onnx.defs.OpSchema.FormalParameter("output", "T2")],
-    type_constraints=[(name, types, "") for name, types in zip(("T1", "Tind", "T2"), _ANY, strict=True)],
-    attributes=[
-        onnx.defs.OpSchema.Attribute(name, onnx.defs.OpSchema.AttrType.INT, "")
-        for name in ("block_size", "bits", "gather_axis", "quantize_axis")
-    ],
+    {"data": "T1", "indices": "Tind", "scales": "T2", "zero_points": "T1"},
+    ("block_size", "bits", "gather_axis", "quantize_axis"),
 )
-"""The part of ONNX Runtime's own operator that we use; the onnx package does not know it."""
+_MATMUL = _microsoft("MatMulNBits", {"A": "T2", "B": "T1", "scales": "T2", "zero_points": "T1"}, ("K", "N", "bits", "block_size"))
 
 _EXPORTER_LOG = logging.getLogger("torch.onnx._internal.exporter._registration")  # complains about packages that we do not need
 
@@ -130,8 +140,15 @@ def _token_step(x: Any, greatest: float) -> Any:
 def _gather(ids: Any, codes: Any, scale: Any, zero_point: Any, columns: int, bits: int, block: int) -> Any:
     """Rows of a quantized table, dequantized after they are picked."""
     operands = [codes, ids, scale] if zero_point is None else [codes, ids, scale, zero_point]
-    gather = values.Op(values.Opset("com.microsoft", 1), "GatherBlockQuantized", _GATHER)
-    return gather(*operands, block_size=block, bits=bits, gather_axis=0, quantize_axis=1)
+    return _GATHER(*operands, block_size=block, bits=bits, gather_axis=0, quantize_axis=1)
+
+
+def _shared(x: Any, codes: Any, scale: Any, zero_point: Any, bias: Any, columns: int, bits: int, block: int) -> Any:
+    """x · Wᵀ by the table of a gather: its rows, cut into blocks, are what MatMulNBits reads. ONNX Runtime folds the Reshape."""
+    rows = codes.shape[0]
+    blocks = op.Reshape(codes, integers([rows, columns // block, block * bits // 8]))
+    operands = [x, blocks, scale] if zero_point is None else [x, blocks, scale, zero_point]
+    return _with_bias(_MATMUL(*operands, K=columns, N=rows, bits=bits, block_size=block), bias)
 
 
 def _hadamard(x: Any, block: int) -> Any:
@@ -157,6 +174,7 @@ TRANSLATIONS: dict[Any, Any] = {
     SITE.blocked.default: _blocked,
     SITE.integer.default: _integer,
     SITE.gather.default: _gather,
+    SITE.shared.default: _shared,
     FXPRESS.choose_qparams.default: arithmetic.choose_qparams,
     FXPRESS.quantize.default: arithmetic.quantize,
     FXPRESS.dequantize.default: arithmetic.dequantize,

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from ir.capture import capture
@@ -71,6 +73,13 @@ def test_patterns_choose_the_layers(options, covered):
     assert len(marks) == covered
     assert {skip.path for skip in ctx.skipped}.isdisjoint(marks)
     assert len(ctx.skipped) + covered == LINEARS + 2
+
+
+def test_an_embedding_is_annotated_as_the_head_that_it_is_tied_to():
+    option = Annotate("W4A16", group=32, head=True, embeddings=True)
+    assert annotated(option, family="llama_tied")[0][EMBEDDING] == ("i4[1,32]", "")
+    assert annotated(option, family="llama")[0][EMBEDDING] == ("i4[1,-1]", "")
+    assert annotated(replace(option, head=False), family="llama_tied")[0][EMBEDDING] == ("i4[1,-1]", "")
 
 
 def test_an_embedding_has_one_scale_per_row_and_no_input():

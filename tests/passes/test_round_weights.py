@@ -131,6 +131,14 @@ def test_floating_point_weights_leave_the_graph():
     assert len(list(quantized(gm))) == 7 * LAYERS
 
 
+def test_a_tied_embedding_takes_the_codes_of_the_head():
+    annotate = "canonicalize, {}annotate(scheme='W4A16', group=32, symmetric=False, head=True, embeddings=True)"
+    tied = codes(rounded(family="llama_tied", annotate=annotate.format("")))
+    apart = codes(rounded(family="llama_tied", annotate=annotate.format("untie, ")))
+    assert tied["model.embed_tokens"] is tied["lm_head"]
+    assert not torch.equal(apart["model.embed_tokens"], apart["lm_head"])
+
+
 def test_embeddings_are_rounded_before_the_linears_that_depend_on_them():
     annotate = "canonicalize, untie, annotate(scheme='W2A16', group=-1, embeddings=True)"
     found = codes(rounded("round_weights", "llama", annotate))

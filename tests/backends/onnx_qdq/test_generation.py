@@ -1,5 +1,6 @@
 """Greedy text from the exported folder, token for token that of the oracle, on the project's own trained model."""
 
+import onnxruntime_genai
 import pytest
 import torch
 import transformers
@@ -10,6 +11,7 @@ from backends.reference import ReferenceExecutable
 from passes.cli import app
 from passes.compiled import Compiled
 from passes.measure import greedy
+from tools.check_genai import generate
 
 MODEL = "fixtures/tiny-llama"
 PROMPTS = ["The film is", "In the summer of the year"]
@@ -38,6 +40,13 @@ def test_sixty_four_tokens_equal_the_oracles(exported, tokenizer, prompts):
     ours = torch.stack(list(greedy(passes.load(folder), *inputs)), 1)
     assert ours.shape == (len(prompts), 64)
     assert torch.equal(ours, torch.stack(list(greedy(oracle, *inputs)), 1))
+
+
+def test_onnxruntime_genai_generates_the_same_tokens(exported, tokenizer):
+    folder, oracle = exported
+    ids = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    ours = [int(token) for token in greedy(oracle, ids, 64)]
+    assert list(generate(onnxruntime_genai.Model(str(folder)), ids[0].tolist(), 64)) == ours
 
 
 def test_the_command_prints_the_same_text(exported, tokenizer):

@@ -6,8 +6,11 @@ import onnx
 import pytest
 import torch
 
+import passes
 from backends.onnx_qdq import OnnxQdq
 from backends.onnx_qdq import lower as lowering
+from backends.onnx_qdq.forms import INTEGER
+from backends.onnx_qdq.legalize import Options, legalize
 from backends.onnx_qdq.session import Executed, require_fused
 from ir.canonical import canonicalize
 from ir.capture import capture
@@ -97,6 +100,35 @@ def test_tied_weights_are_stored_once_even_after_untie(families, tmp_path):
     OnnxQdq(threads=1).lower(gm, flat_inputs(gm, 2, 4, 3), []).save(tmp_path)
     stored = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.initializer
     assert [sorted(weight.dims) for weight in stored].count([64, 128]) == 1
+
+
+TIED = (
+    "canonicalize, annotate(scheme='{}', group=32, symmetric=False, head=True, embeddings=True), round_weights(method='nearest'), quantize"
+)
+
+
+def test_a_tied_head_reads_the_table_of_its_embedding(families, tmp_path):
+    compiled = passes.compile(families("llama_tied").graph(), TIED.format("W4A16"), backend=OnnxQdq(threads=1))
+    report = compiled.report().target
+    sites = {site["path"]: (site["form"], site["runs"]) for site in report["sites"]}
+    assert sites["lm_head"] == ("blocked weight, shared with an embedding", "MatMulNBits")
+    assert sites["model.embed_tokens"][1] == "GatherBlockQuantized"
+    assert report["probe_difference_exact"] < 1e-5 < report["probe_difference"] < 5e-2
+    compiled.executable.save(tmp_path)
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    stored = {v.name: list(v.dims) for v in graph.initializer if 128 in v.dims}
+    assert stored == {f"model.embed_tokens.weight{part}": [128, size] for part, size in (("", 32), (".scale", 2), (".zero_point", 1))}
+    (product,) = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    assert next(a.i for a in product.attribute if a.name == "accuracy_level") == 4
+
+
+def test_a_tied_head_for_another_kernel_is_stored_once_more_and_noted(families):
+    graph = passes.compile(families("llama_tied").graph(), TIED.format("W4A8").replace("group=32", "group=-1")).graph
+    notes = []
+    _, sites = legalize(graph, Options(torch.float32, True), notes)
+    assert sites[-1].form is INTEGER
+    # 128 rows of 64 bytes, a scale and a zero point each
+    assert "model.embed_tokens.weight#2: tied to an embedding, and stored once more in 8832 bytes for another kernel" in notes
 
 
 def test_tokens_with_integer_activations_follow_the_oracle_over_a_cache(families):

@@ -31,7 +31,7 @@ def set_codes(gm: GraphModule, layer: Layer, encoding: Encoding, codes: Tensor, 
     error = float((numerics.dequantize(codes, qparams, encoding).detach() - W).norm() / W.norm().clamp_min(numerics.TINY))
     parts = {"codes": codes, "scale": qparams.scale, "zero_point": qparams.zero_point}
     reading = {reader.node for reader in (layer, *followers)}
-    first = next(node for node in gm.graph.nodes if node in reading)
+    first = layer.node if not followers else next(node for node in gm.graph.nodes if node in reading)
     nodes = {
         key: None if tensor is None else edit.add_attribute(gm, f"{name}_{key}", tensor, before=first) for key, tensor in parts.items()
     }
@@ -46,7 +46,7 @@ def set_codes(gm: GraphModule, layer: Layer, encoding: Encoding, codes: Tensor, 
 def followers_of(gm: GraphModule, layer: Layer) -> list[Layer]:
     """The embeddings that read the weight of a linear, a tied head, in the encoding that it has: they take its codes."""
     encoding = layer.site("weight").encoding
-    if layer.kind != "Linear":
+    if layer.kind != "Linear" or len(layer.weight.users) < 2:
         return []
     return [
         other

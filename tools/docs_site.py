@@ -1,4 +1,4 @@
-"""Hooks of the docs site: files outside of `docs/` that are pages too, at the paths that they have in the tree; the README is the front page.
+"""Hooks of the docs site: files outside of `docs/` are pages too, where they lie in the tree, and the README is the front page.
 
 Links stay those that work where a file lies, so that a page reads the same on a code host.
 """

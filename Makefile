@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 OUT := out/demo
 PROMPT ?= The Prime Minister says the Government
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint docs install clean
 
 demo: $(INSTALLED)
 	$(BIN)/fxpress compile fixtures/tiny-llama --pipeline w4a16 --calibration fixtures/calibration.txt \
@@ -22,6 +22,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The variable keeps a notice of the theme out of the output, on versions of mkdocs that constraints.txt rules out.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 install: $(INSTALLED)
 

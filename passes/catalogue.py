@@ -1,4 +1,4 @@
-"""The catalogue: tables of all registered passes and presets, for the terminal and for the README."""
+"""The catalogue: tables of all registered passes and presets, for the terminal and for the documentation."""
 
 import inspect
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ def catalogue() -> tuple[Sheet, Sheet]:
 
 
 def markdown() -> str:
-    """The tables that the README contains."""
+    """The tables of `docs/reference/passes.md`."""
     return "\n\n".join(sheet.markdown() for sheet in catalogue())
 
 

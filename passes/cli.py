@@ -153,7 +153,7 @@ def generate(
 
 
 @app.command("passes")
-def passes_(markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables that the README contains.")] = False) -> None:
+def passes_(markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables of docs/reference/passes.md.")] = False) -> None:
     """List all passes and presets with their options."""
     from passes import catalogue
 

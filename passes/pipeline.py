@@ -69,12 +69,11 @@ class Pipeline(Pass):
         return sum(record.sites for record in self.execute(gm, ctx))
 
     def execute(self, gm: GraphModule, ctx: Context) -> list[Record]:
-        """Run every pass under its contract.
+        """Run every pass under its contract. Errors name the pass and what ran before it, with the cause chained.
 
         Raises:
             PassError: a pass failed or broke its effect's promise.
             CoverageError, DataError, OptionError: a pass cannot run on what the caller gave.
-            All name the pass and what ran before it, with the cause chained.
         """
         for step in self.passes:
             try:

@@ -1,4 +1,4 @@
-"""The README's table of families: tiny random models of each, captured, compressed to W8A16, and exported to ONNX Runtime.
+"""The documentation's table of families: tiny random models of each, captured, compressed to W8A16, and exported to ONNX Runtime.
 
 python -m tools.check_families > families.md
 """

@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from backends.hf.model import allowed, difference, filled, linear_names
 from backends.hf.norms import norm_vectors
@@ -160,6 +160,10 @@ def _stored(gm: GraphModule) -> State:
     for gain, (name, parameter, computed) in gm.meta.get("computed", {}).items():
         if gain in state and torch.equal(state.pop(gain), computed):
             state[name] = parameter
+    for layer in layers(gm):
+        given = layer.node.args[2] if layer.kind == "Linear" and len(layer.node.args) > 2 else None
+        if isinstance(given, Node) and given.op == "get_attr":
+            state[f"{layer.path}.bias"] = edit.attribute(gm, given).detach()  # whatever a pass called it
     return state
 
 

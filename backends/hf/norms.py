@@ -1,8 +1,8 @@
 """The vectors that a class's norms must hold to compute what a graph's norms do: solved for, not looked up.
 
-A norm is affine in its vectors: `y = a(x) + Σ θ_p ⊙ d_p(x)`. What `a` and `d_p` are is read off the module's outputs on a probe. So a gain of
-one is a one for most classes, and a zero for those that compute `1 + w`. A layer norm whose mean was folded into what it reads is an RMS norm
-in the graph, and the same on a probe of mean zero; the comparison of logits tells whether its inputs have that mean.
+A norm is affine in its vectors: `y = a(x) + Σ θ_p ⊙ d_p(x)`. What `a` and `d_p` are is read off the module's outputs on a probe. So a gain
+of one is a one for most classes, and a zero for those that compute `1 + w`. A layer norm whose mean was folded into what it reads is an RMS
+norm in the graph, and the same on a probe of mean zero; the comparison of logits tells whether its inputs have that mean.
 """
 
 import copy
@@ -62,10 +62,10 @@ def _solved(gm: GraphModule, node: Node, module: nn.Module, names: list[str]) ->
 
 def _of_node(gm: GraphModule, node: Node, x: Tensor) -> Tensor:
     """The node's function of another input."""
-    read = {
-        name: edit.attribute(gm, given).detach().float() if isinstance(given, Node) else given for name, given in operands(node).items()
-    }
-    read["input"] = x
+    read: dict[str, Any] = {**operands(node), "input": x}
+    for name in ("weight", "bias"):
+        if isinstance(read.get(name), Node):
+            read[name] = edit.attribute(gm, read[name]).detach().float()
     with torch.no_grad():
         return node.target(**read)  # type: ignore[operator, no-any-return]
 

@@ -31,6 +31,7 @@ class Rounded(nn.Module):
         zero_point: likewise; None if the weight is symmetric.
         input_scale: of a static input, `[1]`; None if it is dynamic, or not rounded.
         input_zero_point: of a static asymmetric input, `[1]`.
+        bits: that the weight was rounded to, if it is kept in more.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class Rounded(nn.Module):
         zero_point: Tensor | None = None,
         input_scale: Tensor | None = None,
         input_zero_point: Tensor | None = None,
+        bits: int = 0,
     ) -> None:
         super().__init__()
+        self.bits = bits or scheme.weights.num_bits
         self.scheme, self.codes, self.scale, self.zero_point = scheme, codes, scale, zero_point
         self.input_scale, self.input_zero_point = input_scale, input_zero_point
         self.bias: nn.Parameter | None = None  # that of the linear whose place it takes
@@ -138,7 +141,7 @@ def rounded_linears(gm: GraphModule, dtype: torch.dtype) -> dict[str, Rounded]:
             continue
         name, call = layer.path.partition("#")[::2]
         made = _of_node(gm, layer.node, dtype)
-        if call and not torch.equal(found[name].codes, made.codes):
+        if call and (name not in found or not torch.equal(found[name].codes, made.codes)):
             remedy = "leave out passes that split linears (split_channels, learn_masks), or use backend='onnx'"
             raise BackendError(f"{name} has become several linears", where="backend hf", remedy=remedy)
         found[name] = made
@@ -157,7 +160,11 @@ def _of_node(gm: GraphModule, node: Node, dtype: torch.dtype) -> Rounded:
         static = (None, None) if given.dynamic else tuple(_constant(gm, operand) for operand in x.args[1:3])  # type: ignore[assignment]
     flat = [None if tensor is None else tensor.reshape(1) for tensor in static]
     flat[0] = None if flat[0] is None else flat[0].to(dtype)
-    return Rounded(Scheme.of(weight, given, tuple(codes.shape)), codes, scale.to(dtype), zero_point, *flat)
+    shape, scheme = tuple(codes.shape), Scheme.of(weight, given, tuple(codes.shape))
+    if zero_point is not None and scheme.weights.symmetric:
+        codes = (codes.to(torch.int16) - numerics.expand(zero_point.to(torch.int16), weight, shape)).to(torch.int8)
+        zero_point = None
+    return Rounded(scheme, codes, scale.to(dtype), zero_point, *flat, bits=weight.bits)
 
 
 def _constant(gm: GraphModule, operand: object) -> Tensor | None:
@@ -167,14 +174,12 @@ def _constant(gm: GraphModule, operand: object) -> Tensor | None:
 
 def remarks(linears: Mapping[str, Rounded]) -> list[str]:
     """What users of a checkpoint should know of its linears."""
-    schemes = [linear.scheme for linear in linears.values()]
-    packed = sorted({scheme.weights.num_bits for scheme in schemes if scheme.format == PACKED})
-    wider = sorted({scheme.weights.num_bits for scheme in schemes if scheme.format != PACKED} - {8})
-    found = []
-    if wider:
-        found.append(f"hf: {wider}-bit weights of linears with rounded inputs are stored in 8 bits each, as the format has it")
-    if set(packed) - {4, 8}:
-        found.append(f"hf: {packed}-bit weights load in transformers; vLLM has kernels for 4 and 8 bits")
-    if any(scheme.format == PACKED and not scheme.weights.symmetric for scheme in schemes):
-        found.append("hf: weights have zero points, which compressed-tensors 0.18 to 0.20 fail to load; up to 0.17 and vLLM do")
+    taken = {(linear.bits, linear.scheme.weights.num_bits if linear.scheme.format == PACKED else 8) for linear in linears.values()}
+    found = [f"hf: {bits}-bit weights take {room} bits each" for bits, room in sorted(taken) if bits != room]
+    if any(room == 2 for _, room in taken):
+        found.append("hf: transformers runs 2-bit weights; vLLM has kernels for 4 and 8 bits")
+    if any(linear.scheme.format == PACKED and not linear.scheme.weights.symmetric for linear in linears.values()):
+        found.append(
+            "hf: packed zero points are read by vLLM and compressed-tensors up to 0.17; 0.18 to 0.20 refuse them (symmetric=True helps)"
+        )
     return found

@@ -1,22 +1,25 @@
 """What a configuration says of compressed weights: `quantization_config` of the compressed-tensors format, as far as we write and read it.
 
-    pack-quantized   integers of 1 to 8 bits, packed into int32; inputs in floating point
-    int-quantized    integers of up to 8 bits, one to a byte; inputs rounded too
+    pack-quantized   integers of 2, 4 or 8 bits, packed into int32; inputs in floating point
+    int-quantized    integers of 2 to 8 bits, one to a byte; inputs rounded too
     float-quantized  8-bit floats
     mixed-precision  several of these: each group of layers states its own
 
-Codes of asymmetric encodings are signed there: `q − 2^(b−1)`, and so are zero points.
+Packed weights of other widths are kept in the next wider one, without zero points: `q − z` fits there. So they load everywhere, while
+releases of compressed-tensors disagree on how 3, 5, 6 and 7 bits are packed (from 0.18 on words share codes).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ir.encoding import Encoding, Float, Int
+from ir.packing import container
 
 PACKED, INTEGER, FLOATING, MIXED = "pack-quantized", "int-quantized", "float-quantized", "mixed-precision"
-LEAST_BITS = 2  # a sign of one bit has codes −1 and 1, which two bits hold
+LEAST_BITS = 2  # the codes of one bit, −1 and 1, take two
 Strategy = Literal["tensor", "channel", "group", "token"]
 ACTIVATIONS: dict[tuple[tuple[int, ...], bool], Strategy] = {  # by block and dynamic
     ((1, -1), True): "token",
@@ -41,7 +44,7 @@ class Arguments(BaseModel):
     def of(cls, encoding: Encoding, strategy: Strategy) -> "Arguments":
         """The arguments that mean `encoding`, with scales as the strategy says."""
         return cls(
-            num_bits=max(encoding.bits, LEAST_BITS),
+            num_bits=encoding.bits,
             type="int" if isinstance(encoding.format, Int) else "float",
             symmetric=encoding.symmetric,
             strategy=strategy,
@@ -71,7 +74,7 @@ class Scheme(BaseModel):
         """The scheme of a linear with a weight of `shape [N, K]`, for which `refusal` is None."""
         kind = FLOATING if isinstance(weight.format, Float) else PACKED if given is None else INTEGER
         inputs = None if given is None else Arguments.of(given, ACTIVATIONS[given.block, given.dynamic])
-        return cls(weights=Arguments.of(weight, _strategy(weight, shape)), input_activations=inputs, format=kind)
+        return cls(weights=Arguments.of(kept(weight, given), _strategy(weight, shape)), input_activations=inputs, format=kind)
 
 
 class Quantization(BaseModel):
@@ -116,6 +119,15 @@ class Quantization(BaseModel):
     def to_json(self) -> dict[str, Any]:
         """As `config.json` states it."""
         return self.model_dump(mode="json") | {"global_compression_ratio": None}
+
+
+def kept(weight: Encoding, given: Encoding | None) -> Encoding:
+    """The encoding in which a linear's weight is kept."""
+    if isinstance(weight.format, Float):
+        return weight
+    bits = container(weight) if given is None else max(weight.bits, LEAST_BITS)
+    symmetric = weight.symmetric or (given is None and bits > weight.bits)
+    return replace(weight, format=Int(bits), symmetric=symmetric)
 
 
 def _strategy(weight: Encoding, shape: Sequence[int]) -> Strategy:

@@ -1,5 +1,6 @@
 """The backend `hf`: graphs as Hugging Face folders, a rewritten configuration and safetensors, that load with no code of ours."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ir.encoding import Encoding
+from ir.errors import OptionError
 
 if TYPE_CHECKING:
     from backends.hf.checkpoint import Checkpoint
@@ -23,12 +25,16 @@ class HuggingFace:
     Quantized linears are written in the compressed-tensors format, which transformers (with compressed-tensors installed) and vLLM load.
 
     Args:
-        shard: the greatest size of a file of weights.
+        shard: the greatest size of a file of weights: "5GB", "500MB".
     """
 
     shard: str = "5GB"
 
     name = "hf"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[1-9]\d*[KMG]B", str(self.shard)):
+            raise OptionError(f"shard={self.shard!r} is no size", where="backend hf", remedy="write for example '5GB' or '500MB'")
 
     def supports(self, operator: str, encodings: Mapping[str, Encoding], shape: Sequence[int]) -> str | None:
         """Why a `Linear` of this shape cannot be stored with these encodings; None if it can. Nothing else can be quantized."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -109,7 +110,7 @@ def load(directory: Path) -> Checkpoint:
             model = getattr(transformers, architecture).from_pretrained(directory).eval()
         else:
             model = _compressed(directory, config, architecture, Quantization.model_validate(stated))
-    except (AttributeError, OSError, ValueError) as error:
+    except (AttributeError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise DataError(f"not a folder with a model of transformers: {error}", where=str(directory)) from error
     return Checkpoint(capture(model), model, {})
 
@@ -120,11 +121,15 @@ def _compressed(directory: Path, config: Any, architecture: str, stated: Quantiz
     state: State = {}
     for file in sorted(directory.glob("*.safetensors")):
         state |= load_file(file)
-    schemes = stated.schemes(linear_names(empty(config, architecture)))
-    linears = {}
-    for name, scheme in schemes.items():
-        own = {key: key.removeprefix(f"{name}.") for key in state if key.rpartition(".")[0] == name and not key.endswith(".bias")}
-        linears[name] = Rounded.read(scheme, {part: state.pop(key) for key, part in own.items()})
+    described = empty(config, architecture)
+    linears: dict[str, Rounded] = {}
+    for name, scheme in stated.schemes(linear_names(described)).items():
+        own = [key for key in state if key.rpartition(".")[0] == name and not key.endswith(".bias")]
+        linears[name] = Rounded.read(scheme, {key.removeprefix(f"{name}."): state.pop(key) for key in own})
+    there = state.keys() | {f"{name}.weight" for name in linears}
+    missing = sorted(name for name, names in tied(described).items() if names.isdisjoint(there))
+    if missing:
+        raise DataError(f"{missing[0]} is missing", where=str(directory))
     generation = None
     if (directory / "generation_config.json").is_file():
         generation = transformers.GenerationConfig.from_pretrained(directory)

@@ -154,17 +154,18 @@ def _of_node(gm: GraphModule, node: Node, dtype: torch.dtype) -> Rounded:
     codes, scale, zero_point = (_constant(gm, operand) for operand in dequantize.args[:3])
     assert codes is not None and scale is not None
     weight = Encoding.parse(str(dequantize.args[3]))
-    given, static = None, (None, None)
-    if x.target is DEQUANTIZE:
-        given = Encoding.parse(str(x.args[3]))
-        static = (None, None) if given.dynamic else tuple(_constant(gm, operand) for operand in x.args[1:3])  # type: ignore[assignment]
-    flat = [None if tensor is None else tensor.reshape(1) for tensor in static]
-    flat[0] = None if flat[0] is None else flat[0].to(dtype)
+    given = Encoding.parse(str(x.args[3])) if x.target is DEQUANTIZE else None
+    # What is chosen at run time is no constant.
+    input_scale, input_zero_point = (None, None) if given is None else (_constant(gm, operand) for operand in x.args[1:3])
     shape, scheme = tuple(codes.shape), Scheme.of(weight, given, tuple(codes.shape))
     if zero_point is not None and scheme.weights.symmetric:
         codes = (codes.to(torch.int16) - numerics.expand(zero_point.to(torch.int16), weight, shape)).to(torch.int8)
         zero_point = None
-    return Rounded(scheme, codes, scale.to(dtype), zero_point, *flat, bits=weight.bits)
+    if input_scale is not None:
+        input_scale = input_scale.reshape(1).to(dtype)
+    if input_zero_point is not None:
+        input_zero_point = input_zero_point.reshape(1)
+    return Rounded(scheme, codes, scale.to(dtype), zero_point, input_scale, input_zero_point, weight.bits)
 
 
 def _constant(gm: GraphModule, operand: object) -> Tensor | None:

@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import passes
 from backends.hf import HuggingFace
@@ -23,7 +24,6 @@ PLAIN = "multiple=4, criterion='magnitude', compensate=False"
         ("llama_tied", "untie", {}),
         ("gemma3", f"prune(share=0.5, what=['layers'], {PLAIN})", {"num_hidden_layers": 1}),
         ("llama", f"prune(share=0.5, what=['query_heads'], {PLAIN})", {"num_attention_heads": 2}),
-        ("gpt_neox", "untie, fold_norm, center_norm", {}),
     ],
 )
 def test_the_folder_loads_with_no_code_of_ours(tmp_path, family, pipeline, numbers):
@@ -45,17 +45,22 @@ def test_the_folder_loads_with_no_code_of_ours(tmp_path, family, pipeline, numbe
 def test_generation_and_dtype_come_along(tmp_path):
     model = transformers.LlamaForCausalLM(load("llama").model.config).to(torch.bfloat16)
     model.generation_config.temperature, model.generation_config.do_sample = 0.5, True
-    folder = passes.compile(model, f"canonicalize, prune(share=0.4, {PLAIN})", backend="hf").save(tmp_path / "out")
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    made = passes.compile(model, f"canonicalize, prune(share=0.4, {PLAIN})", backend="hf")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(made.save(tmp_path / "out"))
     assert loaded.dtype == torch.bfloat16
     assert loaded.generation_config.temperature == 0.5
+    rounded = passes.compile(made.graph, "annotate(scheme='W4A16', group=32), round_weights(method='nearest')", backend="hf")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(rounded.save(tmp_path / "rounded"))
+    assert loaded.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert relative_error((loaded(tokens(2, 7)).logits,), (rounded(tokens(2, 7)).logits,)) < 2e-2
 
 
 @pytest.mark.parametrize(
     ("family", "pipeline", "said"),
     [
         ("llama", f"prune(share=0.25, what=['mlp'], ignore=['re:.*layers.0.*'], {PLAIN})", "no configuration"),
-        ("gpt_neox", "untie, fold_norm, center_norm, rotate_channels(where=['R1'])", "other logits"),
+        ("gpt2", "untie, fold_norm", r"the class has no lm_head\.bias"),
     ],
 )
 def test_what_is_no_model_of_the_class_is_refused(family, pipeline, said):
@@ -69,28 +74,33 @@ def test_other_models_are_refused():
         passes.compile(Mlp().eval().requires_grad_(False), "canonicalize", backend="hf", args=(x,))
 
 
-MARKS = "annotate(scheme='W4A16', group=32, symmetric=False)"
+WIDTHS = "annotate(scheme='W4A16', group=32, symmetric=False), annotate(scheme='W8A16', targets=['down_proj'])"
 MIXED = (
-    f"canonicalize, untie, fold_norm, center_norm, rotate_channels(where=('R1', 'R2')), {MARKS}, "
-    "assign_bits(bits=5, widths=(3, 4, 8), groups=(32, -1), rounding='nearest', loss='layer'), round_weights(method='nearest')"
+    f"canonicalize, untie, fold_norm, center_norm, rotate_channels(where=('R1', 'R2')), {WIDTHS}, "
+    "annotate(scheme='W3A16', symmetric=False, targets=['gate_proj', 'up_proj']), round_weights(method='nearest')"
 )
 QUANTIZED = {
     "w8a8": "int-quantized",
-    "w8a8(dynamic=False)": "int-quantized",
     "w8a16": "pack-quantized",
     "w4a16(group=32, rounding='nearest')": "pack-quantized",
     MIXED: "pack-quantized",
-    f"canonicalize, annotate(ignore=['down_proj']), {MARKS.replace(')', ', targets=[')}'down_proj']), quantize": "mixed-precision",
 }
+FORMATS = {
+    "w8a8(dynamic=False)": "int-quantized",
+    "canonicalize, annotate, annotate(scheme='W4A16', group=32, symmetric=False, targets=['o_proj']), quantize": "mixed-precision",
+}
+CASES = [
+    *((family, *case) for family in ("llama", "qwen2", "gemma2") for case in QUANTIZED.items()),
+    *(("llama", *case) for case in FORMATS.items()),
+]
 
 
-@pytest.mark.parametrize("pipeline", QUANTIZED)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
-def test_quantized_folders_load_with_no_code_of_ours(tmp_path, family, pipeline):
+@pytest.mark.parametrize(("family", "pipeline", "stated"), CASES)
+def test_quantized_folders_load_with_no_code_of_ours(tmp_path, family, pipeline, stated):
     made = compiled(family, pipeline).lowered("hf")
     model, info = transformers.AutoModelForCausalLM.from_pretrained(made.save(tmp_path / "out"), output_loading_info=True)
     assert not any(info.values())
-    assert model.config.quantization_config.quantization_config.format == QUANTIZED[pipeline]
+    assert model.config.quantization_config.quantization_config.format == stated
     past: tuple = (None, None)
     for ids in (tokens(2, 7), tokens(2, 1)):
         with torch.no_grad():
@@ -113,22 +123,42 @@ def test_a_quantized_folder_is_read_by_us_without_that_library(tmp_path, monkeyp
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
     loaded = passes.load(folder)
     assert relative_error((loaded(tokens(2, 7)).logits,), (made(tokens(2, 7)).logits,)) < 1e-5
-    (folder / "model-00001-of-00002.safetensors").unlink(missing_ok=True)
-    next(folder.glob("model-*.safetensors")).unlink()
+    (folder / index["model.norm.weight"]).unlink()
     with pytest.raises(DataError):
         passes.load(folder)
 
 
-def test_what_is_pruned_and_quantized_in_halves(tmp_path):
-    model = transformers.LlamaForCausalLM(load("llama").model.config).to(torch.bfloat16)
+def test_a_tensor_that_is_missing_is_named(tmp_path):
+    folder = compiled("llama", "w8a16").lowered("hf").save(tmp_path / "out")
+    state = load_file(folder / "model.safetensors")
+    del state["model.norm.weight"]
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(DataError, match=r"model\.norm\.weight is missing"):
+        passes.load(folder)
+
+
+def test_a_quantized_head_is_untied(tmp_path):
+    made = compiled("llama_tied", "w8a16(head=True)").lowered("hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(made.save(tmp_path / "out"))
+    assert not model.config.tie_word_embeddings
+    with torch.no_grad():
+        assert relative_error((model(tokens(2, 7)).logits,), (made(tokens(2, 7)).logits,)) < 1e-3
+
+
+def test_sizes_of_files_are_checked_at_once():
+    with pytest.raises(OptionError, match="shard='big' is no size"):
+        HuggingFace(shard="big")
+
+
+def test_layers_that_are_left_are_counted_anew(tmp_path):
     pipeline = (
         f"canonicalize, prune(share=0.5, what=['layers'], {PLAIN}), annotate(scheme='W4A16', group=32), round_weights(method='nearest')"
     )
-    folder = passes.compile(model, pipeline, backend="hf").save(tmp_path / "out")
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    assert (loaded.config.num_hidden_layers, loaded.dtype) == (1, torch.bfloat16)
+    made = passes.compile(load("llama").captured, pipeline, backend="hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(made.save(tmp_path / "out"))
+    assert model.config.num_hidden_layers == 1
     with torch.no_grad():
-        assert relative_error((loaded(tokens(2, 7)).logits,), (passes.load(folder)(tokens(2, 7)).logits,)) < 2e-2
+        assert relative_error((model(tokens(2, 7)).logits,), (made(tokens(2, 7)).logits,)) < 1e-3
 
 
 def test_what_was_loaded_is_not_lowered(tmp_path):

@@ -17,7 +17,7 @@ def vectors(family, pipeline, stored=()):
 
 @pytest.mark.parametrize(
     ("family", "values"),
-    [("llama", {"weight": 1}), ("gemma2", {"weight": 0}), ("gpt_neox", {"weight": 1, "bias": 0})],
+    [("llama", {"weight": 1}), ("gemma2", {"weight": 0}), ("gpt2", {"weight": 1, "bias": 0})],
 )
 def test_norms_without_gain_are_what_the_class_calls_that(family, values):
     gm, found = vectors(family, "untie, fold_norm")
@@ -27,7 +27,7 @@ def test_norms_without_gain_are_what_the_class_calls_that(family, values):
 
 
 def test_a_layer_norm_whose_mean_is_folded_is_one_still():
-    gm, found = vectors("gpt_neox", "untie, fold_norm, center_norm")
+    gm, found = vectors("gpt2", "untie, fold_norm, center_norm")
     assert any(node.target is torch.ops.aten.rms_norm.default for node in find(gm, *NORMS))
     assert all(torch.equal(vector, torch.full((64,), float(name.endswith("weight")))) for name, vector in found.items())
 

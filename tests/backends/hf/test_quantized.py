@@ -5,10 +5,12 @@ from compressed_tensors.quantization import QuantizationScheme
 
 from backends.hf.quantized import Rounded, remarks, rounded_linears
 from backends.hf.schema import Scheme
+from ir import edit
 from ir.encoding import Encoding
 from ir.errors import BackendError, DataError
 from ir.numerics import choose_qparams, quantize
 from ir.ops import DEQUANTIZE
+from ir.sites import layers
 from tests.families import load
 from tests.passes.samples import CALIBRATION, compiled, run
 
@@ -61,10 +63,8 @@ def test_widths_without_a_container_of_their_own_keep_their_values(bits, room):
     run(gm, f"canonicalize, annotate(scheme='W{bits}A16', symmetric={bits == 1}), round_weights(method='nearest')")
     linears = rounded_linears(gm, torch.float32)
     name, linear = next(iter(linears.items()))
-    node = next(
-        node for node in gm.graph.find_nodes(op="call_function", target=DEQUANTIZE) if str(node.args[0]).startswith(name.replace(".", "_"))
-    )
-    tensors = [None if read is None else getattr(gm.get_submodule(name), str(read.target).rpartition(".")[2]) for read in node.args[:3]]
+    node = next(layer.weight for layer in layers(gm) if layer.path == name)
+    tensors = [None if read is None else edit.attribute(gm, read) for read in node.args[:3]]
     assert torch.equal(values(linear), DEQUANTIZE(*tensors, *node.args[3:]))
     assert linear.zero_point is None
     assert remarks(linears)[0] == f"hf: {bits}-bit weights take {room} bits each"

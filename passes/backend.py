@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.fx import GraphModule
@@ -42,3 +42,15 @@ class Backend(Protocol):
 
     def load(self, directory: Path) -> Executable:
         """The executable that was saved in a folder."""
+
+
+@runtime_checkable
+class Surveyor(Protocol):
+    """A backend that looks at annotated graphs as wholes too: what single layers cannot tell is refused before any long work as well."""
+
+    def survey(self, gm: GraphModule) -> None:
+        """Return if the graph can be lowered once it is quantized as annotated.
+
+        Raises:
+            BackendError, CoverageError: it cannot.
+        """

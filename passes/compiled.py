@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch.fx import GraphModule
 from ir.errors import DataError, OptionError
 from ir.signature import Signature
 from passes import page, registry
-from passes.backend import Executable
+from passes.backend import Backend, Executable
 from passes.base import Record
+from passes.calls import call_text
 from passes.recipe import Recipe
 from passes.report import Report
 
@@ -74,6 +76,22 @@ class Compiled:
         if self._report is None:
             raise OptionError("a loaded model has no report in memory", remedy="read report.json or report.html in its folder")
         return self._report
+
+    def lowered(self, backend: "str | Backend") -> "Compiled":
+        """The same quantized graph on another backend: the same integers, for a second folder.
+
+        Raises:
+            OptionError: the model was loaded, so that its graph is not known.
+            BackendError, CoverageError: the backend cannot have it.
+        """
+        if self.graph is None or self._report is None:
+            raise OptionError("a loaded model has no graph to lower", where="Compiled.lowered", remedy="call it on what compile returned")
+        target: Backend = registry.backend(backend) if isinstance(backend, str) else backend
+        notes = list(self._report.notes)
+        executable = target.lower(self.graph, self.graph.meta["example"], notes)
+        report = replace(self._report, backend=target.name, notes=notes, target=executable.report())
+        recipe = self._recipe and self._recipe.model_copy(update={"backend": call_text(target.name, target)})
+        return Compiled(executable, self.signature, target.name, self.graph, report, recipe, self._tokenizer)
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Write a folder that `passes.load` reads: the backend's files, recipe, report (data and page), and tokenizer files where known.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ir import edit
-from ir.errors import CoverageError, DataError, FxpressError, OptionError, PassError
+from ir.errors import BackendError, CoverageError, DataError, FxpressError, OptionError, PassError
 from ir.text import graph_text
 from ir.verify import verify
 from passes import registry
@@ -22,7 +22,7 @@ from passes.support import refuse_unsupported
 # Greatest relative error of the outputs that rounding may cause in a pass that keeps the function, by the narrowest dtype computed in:
 # a float64 Llama computes its norms in float32.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-CALLERS = (CoverageError, DataError, OptionError)  # what the caller can mend keeps its kind
+CALLERS = (BackendError, CoverageError, DataError, OptionError)  # what the caller can mend keeps its kind
 
 
 @dataclass(frozen=True)

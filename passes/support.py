@@ -5,15 +5,17 @@ from torch.fx import GraphModule
 from ir import edit
 from ir.errors import CoverageError
 from ir.sites import QUANTIZABLE, Layer, layers
+from passes.backend import Surveyor
 from passes.base import Context
 
 
 def refuse_unsupported(gm: GraphModule, ctx: Context) -> None:
-    """Check every annotated layer with the backend.
+    """Check every annotated layer with the backend, then the graph as a whole.
 
     Raises:
         CoverageError: layers that the backend cannot run as annotated. With `ctx.allow_partial` they lose their annotations instead, and
             the report says so.
+        BackendError: the graph as a whole has no place in what the backend makes.
     """
     if ctx.backend is None:
         return
@@ -37,3 +39,5 @@ def refuse_unsupported(gm: GraphModule, ctx: Context) -> None:
             layer.site(name).annotate(None)
         fake = edit.value(layer.weight)
         ctx.skip(layer.path, reason, int(fake.numel()) * int(fake.dtype.itemsize), asked=True)
+    if isinstance(ctx.backend, Surveyor):
+        ctx.backend.survey(gm)

@@ -11,6 +11,7 @@ from passes import registry
 ROOT = Path(__file__).parents[1]
 LAYERS = ("ir", "passes", "backends")
 WHOLE = {
+    "tests/backends/hf/test_parity.py",
     "tests/backends/onnx_qdq/test_generation.py",
     "tests/backends/onnx_qdq/test_models.py",
     "tests/backends/onnx_qdq/test_transforms.py",

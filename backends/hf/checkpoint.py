@@ -1,33 +1,46 @@
 """A graph as a checkpoint of its model's class: names and layers as that class has them, a configuration that fits, logits compared."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
-from torch.fx import GraphModule
-from transformers.initialization import no_init_weights
+from torch.fx import GraphModule, Node
 
+from backends.hf.model import allowed, difference, filled, linear_names
+from backends.hf.norms import norm_vectors
+from backends.hf.quantized import Rounded, remarks, rounded_linears
+from backends.hf.schema import Quantization
 from backends.hf.shapes import empty, fitting, numbers, parameters, sizes, tied
+from backends.hf.survey import WHERE, survey
 from ir import edit
 from ir.capture import capture
 from ir.errors import BackendError, DataError
-from ir.ops import DEQUANTIZE, QUANTIZE
-from ir.signature import CACHE, Signature
+from ir.sites import layers
 
 State = dict[str, Tensor]
-CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the logits, relative
-WHERE = "backend hf"
 
 
 class Checkpoint:
-    """A graph, and the transformers model that it is."""
+    """A graph, and the transformers model that it is, quantized linears in place of the class's own.
 
-    def __init__(self, gm: GraphModule, model: transformers.PreTrainedModel, changed: Mapping[str, Any]) -> None:
-        self.gm, self.model, self.changed = gm, model, dict(changed)
+    Args:
+        gm: the graph.
+        model: the model.
+        changed: what its configuration states otherwise than before.
+        shard: the greatest size of a file of weights.
+    """
+
+    def __init__(self, gm: GraphModule, model: transformers.PreTrainedModel, changed: Mapping[str, Any], shard: str = "5GB") -> None:
+        self.gm, self.model, self.changed, self.shard = gm, model, dict(changed), shard
+        self.linears = {name: module for name, module in model.named_modules() if isinstance(module, Rounded)}
+        schemes = {name: linear.scheme for name, linear in self.linears.items()}
+        self.quantization = Quantization.of(schemes, linear_names(model)).to_json() if schemes else None
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -37,42 +50,50 @@ class Checkpoint:
 
     def save(self, directory: Path) -> None:
         """Write `config.json`, `generation_config.json` if the model generates, and safetensors under the names of its class."""
-        self.model.save_pretrained(directory)
+        state = self.model.state_dict()
+        for name, linear in self.linears.items():
+            state |= {f"{name}.{part}": tensor for part, tensor in linear.tensors()}
+        if self.quantization is not None:
+            self.model.config.quantization_config = self.quantization
+        self.model.save_pretrained(directory, state_dict=state, max_shard_size=self.shard)
 
     def report(self) -> dict[str, Any]:
-        """The numbers of the configuration that are new."""
-        return {"config": self.changed}
+        """The numbers of the configuration that are new, and what it states of compressed weights."""
+        return {"config": self.changed} | ({} if self.quantization is None else {"quantization_config": self.quantization})
 
 
-def lower(gm: GraphModule, notes: list[str]) -> Checkpoint:
+def lower(gm: GraphModule, notes: list[str], shard: str = "5GB") -> Checkpoint:
     """The checkpoint of a graph.
 
     Raises:
-        BackendError: there is none.
+        BackendError, CoverageError: there is none.
     """
-    config, architecture = gm.meta.get("config"), gm.meta.get("architecture", "")
-    if config is None or not hasattr(transformers, architecture):
-        raise BackendError("the graph is not of a model of transformers", where=WHERE, remedy="use backend='onnx' or 'reference'")
-    if any(node.target in {QUANTIZE, DEQUANTIZE} for node in gm.graph.nodes):
-        raise BackendError("the graph is quantized", where=WHERE, remedy="use backend='onnx', or a pipeline without quantize")
+    survey(gm)
+    config, architecture = gm.meta["config"], gm.meta["architecture"]
     original = empty(config, architecture)
     known = parameters(original)
-    stored = {name: tensor for name, tensor in _stored(gm).items() if name in known}  # tables follow from the configuration
-    left = _left(known, stored)
-    state = {_renumbered(name, left): tensor for name, tensor in stored.items()}
+    floats = {name: tensor for name, tensor in _stored(gm).items() if name in known}  # tables follow from the configuration
+    floats |= {name: tensor for name, tensor in norm_vectors(gm, original, floats).items() if name in known}
+    dtype = next(iter(floats.values())).dtype
+    rounded = rounded_linears(gm, dtype)
+    wanted = sizes(floats) | {f"{name}.weight": tuple(linear.codes.shape) for name, linear in rounded.items()}
+    left = _left(known, wanted)
+    state = {_renumbered(name, left): tensor for name, tensor in floats.items()}
+    linears = {_renumbered(name, left): linear for name, linear in rounded.items()}
     asked = copy.deepcopy(config)
-    asked.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False)) and _still_tied(original, stored)
+    asked.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False)) and _still_tied(original, floats, rounded)
     failure = "no configuration of the class has its shapes"
-    for fitted in fitting(asked, architecture, sizes(state), left):
-        model = _filled(fitted, architecture, state, gm.meta.get("generation"))
-        difference = _difference(gm, model)
-        if difference < CLOSE.get(model.dtype, 1e-4):
+    for fitted in fitting(asked, architecture, {_renumbered(name, left): shape for name, shape in wanted.items()}, left):
+        model = filled(fitted, architecture, state, linears, dtype, gm.meta.get("generation"))
+        found = difference(gm, model)
+        if found < allowed(dtype, linears):
             changed = _new(config, fitted)
-            notes.append(f"hf: {architecture} with {changed or 'its own configuration'}; its logits differ by {difference:.1e}")
-            return Checkpoint(gm, model, changed)
-        failure = f"with its shapes the class gives other logits (relative difference {difference:.1e})"
-    missing = set() if left else {name for name, names in tied(original).items() if names.isdisjoint(stored)}
-    raise _refusal(architecture, failure, missing)
+            notes.append(f"hf: {architecture} with {changed or 'its own configuration'}; its logits differ by {found:.1e}")
+            notes += remarks(linears)
+            return Checkpoint(gm, model, changed, shard)
+        failure = f"with its shapes the class gives other logits (relative difference {found:.1e})"
+    missing = set() if left else {name for name, names in tied(original).items() if names.isdisjoint(wanted)}
+    raise _refusal(architecture, failure, missing, _surplus(gm, known))
 
 
 def load(directory: Path) -> Checkpoint:
@@ -83,10 +104,36 @@ def load(directory: Path) -> Checkpoint:
     """
     try:
         config = transformers.AutoConfig.from_pretrained(directory)
-        model = getattr(transformers, (config.architectures or [""])[0]).from_pretrained(directory).eval()
-    except (AttributeError, OSError, ValueError) as error:
+        architecture = (config.architectures or [""])[0]
+        stated = getattr(config, "quantization_config", None)
+        if stated is None:
+            model = getattr(transformers, architecture).from_pretrained(directory).eval()
+        else:
+            model = _compressed(directory, config, architecture, Quantization.model_validate(stated))
+    except (AttributeError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise DataError(f"not a folder with a model of transformers: {error}", where=str(directory)) from error
     return Checkpoint(capture(model), model, {})
+
+
+def _compressed(directory: Path, config: Any, architecture: str, stated: Quantization) -> transformers.PreTrainedModel:
+    """The model of a compressed checkpoint that `Checkpoint.save` wrote."""
+    del config.quantization_config
+    state: State = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        state |= load_file(file)
+    described = empty(config, architecture)
+    linears: dict[str, Rounded] = {}
+    for name, scheme in stated.schemes(linear_names(described)).items():
+        own = [key for key in state if key.rpartition(".")[0] == name and not key.endswith(".bias")]
+        linears[name] = Rounded.read(scheme, {key.removeprefix(f"{name}."): state.pop(key) for key in own})
+    there = state.keys() | {f"{name}.weight" for name in linears}
+    missing = sorted(name for name, names in tied(described).items() if names.isdisjoint(there))
+    if missing:
+        raise DataError(f"{missing[0]} is missing", where=str(directory))
+    generation = None
+    if (directory / "generation_config.json").is_file():
+        generation = transformers.GenerationConfig.from_pretrained(directory)
+    return filled(config, architecture, state, linears, config.dtype, generation)
 
 
 def _new(config: Any, fitted: Any) -> dict[str, Any]:
@@ -95,28 +142,33 @@ def _new(config: Any, fitted: Any) -> dict[str, Any]:
     return {field: value for field, value in fitted.to_dict().items() if field != "dtype" and value != before.get(field)}
 
 
-def _refusal(architecture: str, tried: str, missing: set[str]) -> BackendError:
-    lacking = f"; it has no {min(missing)}" if missing else ""
+def _surplus(gm: GraphModule, known: Mapping[str, Any]) -> list[str]:
+    """Biases that passes gave to linears of which the class has none."""
+    names = ((layer.path, layer.node.args[2:3]) for layer in layers(gm) if layer.kind == "Linear")
+    return [f"{path}.bias" for path, given in names if any(given) and f"{path.partition('#')[0]}.bias" not in known]
+
+
+def _refusal(architecture: str, tried: str, missing: set[str], surplus: list[str]) -> BackendError:
+    lacking = f"; it has no {min(missing)}" if missing else f"; the class has no {surplus[0]}" if surplus else ""
     return BackendError(
         f"the graph is no {architecture} any more: {tried}{lacking}",
         where=WHERE,
-        remedy="prune with uniform=True and bias=False, leave out passes that fold, split or rename weights (fold_norm, center_norm, "
-        "split_channels), keep sizes that the class allows (it may want hidden sizes that heads divide); or use backend='onnx'",
+        remedy="prune with uniform=True and bias=False, leave out passes that fold the biases or means of layer norms, or split weights "
+        "(fold_norm, center_norm, split_channels), keep sizes that the class allows (it may want hidden sizes that heads divide); or use "
+        "backend='onnx'",
     )
 
 
 def _stored(gm: GraphModule) -> State:
-    """All tensors of a graph, parameters that `canonicalize` computed gains from as they were.
-
-    Raises:
-        BackendError: such a gain has changed since.
-    """
+    """All tensors of a graph, parameters that `canonicalize` computed gains from as they were, unless a gain has changed since."""
     state = {str(node.target): edit.attribute(gm, node).detach() for node in gm.graph.find_nodes(op="get_attr")}
     for gain, (name, parameter, computed) in gm.meta.get("computed", {}).items():
-        if gain in state:
-            if not torch.equal(state.pop(gain), computed):
-                raise BackendError(f"{gain}, computed from {name}, has changed", where=WHERE, remedy="leave out passes that train norms")
+        if gain in state and torch.equal(state.pop(gain), computed):
             state[name] = parameter
+    for layer in layers(gm):
+        given = layer.node.args[2] if layer.kind == "Linear" and len(layer.node.args) > 2 else None
+        if isinstance(given, Node) and given.op == "get_attr":
+            state[f"{layer.path}.bias"] = edit.attribute(gm, given).detach()  # whatever a pass called it
     return state
 
 
@@ -135,41 +187,12 @@ def _renumbered(name: str, left: Mapping[str, list[int]]) -> str:
     return name
 
 
-def _still_tied(model: transformers.PreTrainedModel, stored: State) -> bool:
+def _still_tied(model: transformers.PreTrainedModel, stored: State, rounded: Iterable[str]) -> bool:
     """Whether tensors that have several names are one still, or equal ones."""
     for names in tied(model).values():
+        if len(names) > 1 and any(f"{name}.weight" in names for name in rounded):
+            return False
         first, *others = [stored[name] for name in names if name in stored] or [torch.empty(0)]
         if any(not torch.equal(first, other) for other in others):
             return False
     return True
-
-
-def _filled(config: Any, architecture: str, state: State, generation: Any) -> transformers.PreTrainedModel:
-    """The model of a configuration with tensors of the graph, which they share."""
-    dtype = next(iter(state.values())).dtype
-    with no_init_weights():
-        model = getattr(transformers, architecture)._from_config(config, dtype=dtype)
-    model.load_state_dict(
-        {name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in state.items()}, strict=False, assign=True
-    )
-    model.tie_weights()
-    if generation is not None:
-        model.generation_config = copy.deepcopy(generation)
-    return model.eval()
-
-
-@torch.no_grad()
-def _difference(gm: GraphModule, model: transformers.PreTrainedModel) -> float:
-    """Of the first outputs of graph and model on the example, relative; with a cache over two steps."""
-    signature: Signature = gm.meta["signature"]
-    given = {port.name: value for port, value in zip(signature.inputs, gm.meta["example"], strict=True) if not port.cached}
-    given = {"input_ids": given["input_ids"]} if "input_ids" in given else given
-    caches: list[dict[str, Any]] = [{}, {}]
-    greatest = 0.0
-    for _ in range(2 if signature.causal else 1):
-        mine = signature.wrap(gm(*signature.bind(**given, **caches[0])))
-        theirs = model(**given, **caches[1])
-        a, b = (found[0].double() for found in (mine, theirs))
-        greatest = max(greatest, float((a - b).norm() / b.norm().clamp_min(1e-30)))
-        caches = [{CACHE: found.get(CACHE)} if CACHE in found else {} for found in (mine, theirs)]
-    return greatest

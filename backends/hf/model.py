@@ -1,0 +1,63 @@
+"""The transformers model that a checkpoint describes: filled with its tensors, and compared with the graph."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from transformers.initialization import no_init_weights
+
+from backends.hf.quantized import Rounded
+from ir.signature import CACHE, Signature
+
+CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the logits, relative
+CLOSE_ROUNDED = ((8, 5e-2), (0, 0.5))  # the same where inputs have that many bits: a difference of 1e-7 can move one to the next code
+
+
+def filled(
+    config: Any, architecture: str, state: Mapping[str, Tensor], linears: Mapping[str, Rounded], dtype: torch.dtype, generation: Any = None
+) -> transformers.PreTrainedModel:
+    """The model of a configuration with tensors by their names, which it shares, and quantized linears in place of the class's own."""
+    with no_init_weights():
+        model = getattr(transformers, architecture)._from_config(config, dtype=dtype)
+    parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in state.items()}
+    model.load_state_dict(parameters, strict=False, assign=True)
+    for name, rounded in linears.items():
+        rounded.bias = model.get_submodule(name).bias
+        model.set_submodule(name, rounded)
+    model.tie_weights()
+    if generation is not None:
+        model.generation_config = copy.deepcopy(generation)
+    return model.eval()
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The modules that the class `Linear` means in a compressed checkpoint's configuration."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Rounded)]
+
+
+def allowed(dtype: torch.dtype, linears: Mapping[str, Rounded]) -> float:
+    """The difference up to which logits count as equal."""
+    least = min((given.num_bits for linear in linears.values() if (given := linear.scheme.input_activations)), default=0)
+    rounded = next(bound for bits, bound in CLOSE_ROUNDED if least >= bits) if least else 0.0
+    return max(CLOSE.get(dtype, 1e-4), rounded)
+
+
+@torch.no_grad()
+def difference(gm: GraphModule, model: transformers.PreTrainedModel) -> float:
+    """Of the first outputs of graph and model on the example, relative; with a cache over two steps."""
+    signature: Signature = gm.meta["signature"]
+    given = {port.name: value for port, value in zip(signature.inputs, gm.meta["example"], strict=True) if not port.cached}
+    given = {"input_ids": given["input_ids"]} if "input_ids" in given else given
+    caches: list[dict[str, Any]] = [{}, {}]
+    greatest = 0.0
+    for _ in range(2 if signature.causal else 1):
+        mine = signature.wrap(gm(*signature.bind(**given, **caches[0])))
+        theirs = model(**given, **caches[1])
+        a, b = (found[0].double() for found in (mine, theirs))
+        greatest = max(greatest, float((a - b).norm() / b.norm().clamp_min(1e-30)))
+        caches = [{CACHE: found.get(CACHE)} if CACHE in found else {} for found in (mine, theirs)]
+    return greatest

@@ -40,7 +40,7 @@ def flatten(
     module.graph.set_codegen(CodeGen())
     gm = edit.copied(module)
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.detach_.default):
-        edit.replace(node, node.args[0])  # of the empty tensors that a cache starts from, where the model makes its own
+        edit.replace(node, node.all_input_nodes[0])  # of the empty tensors that a cache starts from, where the model makes its own
     edit.merge_attributes(gm)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     (returned,) = gm.graph.output_node().args

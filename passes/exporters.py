@@ -7,6 +7,7 @@ which knows none of our operators: for graphs that this plug-in made, the backen
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,8 +130,8 @@ class _Supported:
     def lower(self, gm: GraphModule, probe: Sequence[Tensor], notes: list[str]) -> Executable:
         return registry.backend("reference").lower(gm, probe, notes)
 
-    def load(self, directory: Any) -> Executable:
-        raise NotImplementedError("nothing is saved")
+    def load(self, directory: Path) -> Executable:
+        return self.target.load(directory)
 
 
 def _flat(model: torch.nn.Module, inputs: Mapping[str, Any], structure: pytree.TreeSpec) -> GraphModule:
@@ -154,7 +155,6 @@ def _require_dynamic(signature: Signature) -> None:
             )
 
 
-@register_patch("onnx", "torch.onnx.export")
 def _take_the_place(original: Callable[..., Any]) -> Callable[..., Any]:
     """Lower the graphs that `Quantizer` made by the backend `onnx`; installed while the ONNX exporter runs."""
 
@@ -176,6 +176,9 @@ def _take_the_place(original: Callable[..., Any]) -> Callable[..., Any]:
         return torch.onnx.ONNXProgram(model, program)
 
     return export
+
+
+register_patch("onnx", "torch.onnx.export")(_take_the_place)
 
 
 def _marked(program: ExportedProgram) -> bool:

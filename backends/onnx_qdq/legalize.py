@@ -82,7 +82,7 @@ def _lower_site(gm: GraphModule, site: QuantizedSite, options: Options, notes: l
         raise BackendError(reason, where=site.path, remedy="choose another encoding for this site, or the reference backend")
     form = form_of(site.operator, site.weight.encoding, site.activation.encoding if site.activation else None)
     table = tables.get(id(site.weight.codes)) if form is BLOCKED else None
-    if table is not None and int(table.args[5]) in SHARED.widths:  # type: ignore[call-overload]
+    if table is not None and table.args[5] in SHARED.widths:
         form, (bits, emit) = SHARED, _write_shared(site, table)
     else:
         bits, emit = _WRITERS[form](gm, site, form, options)
@@ -171,8 +171,9 @@ def _write_gathered(gm: GraphModule, site: QuantizedSite, form: Form, options: O
 
 
 def _write_shared(site: QuantizedSite, table: Node) -> tuple[int, Node]:
-    _, *operands, columns, bits, block = table.args
-    return int(bits), _insert(site, SITE.shared.default, [site.node.args[0], *operands, _bias(site), columns, bits, block])  # type: ignore[call-overload]
+    given: tuple[Any, ...] = table.args
+    _, *operands, columns, bits, block = given
+    return bits, _insert(site, SITE.shared.default, [site.node.args[0], *operands, _bias(site), columns, bits, block])
 
 
 def _stored_bytes(gm: GraphModule, site: QuantizedSite) -> int:

@@ -18,6 +18,7 @@ from ir.match import NORMS, find, operands
 
 TOKENS = 16  # of the probe
 CLOSE = 1e-4  # of the outputs, relative
+EXACT = 1e-5  # of a vector's elements: as near to a whole number they are one, which float32 arithmetic missed
 
 
 def norm_vectors(gm: GraphModule, model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -25,7 +26,7 @@ def norm_vectors(gm: GraphModule, model: nn.Module, stored: Mapping[str, Tensor]
 
     Args:
         gm: the graph.
-        model: of the class, on any device; sizes of its norms need not be the graph's.
+        model: of the class, on any device.
         stored: the graph's tensors by the class's names; those that it has need no solving.
     """
     found: dict[str, Tensor] = {}
@@ -54,7 +55,7 @@ def _solved(gm: GraphModule, node: Node, module: nn.Module, names: list[str]) ->
         directions.append(_of_module(own, x, ones) - base)
     D = torch.stack(directions, -1).transpose(0, 1).double()  # [channels, tokens, vectors]
     theta = torch.linalg.lstsq(D, (wanted - base).T.unsqueeze(-1).double()).solution[..., 0]
-    theta = torch.where((theta - theta.round()).abs() < CLOSE, theta.round(), theta)
+    theta = torch.where((theta - theta.round()).abs() < EXACT, theta.round(), theta)
     solved = {name: theta[:, index].float() for index, name in enumerate(names)}
     error = (_of_module(own, x, solved) - wanted).norm() / wanted.norm().clamp_min(1e-30)
     return {name: vector.to(dtype) for name, vector in solved.items()} if error < CLOSE else {}

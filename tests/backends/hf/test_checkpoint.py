@@ -8,9 +8,12 @@ from safetensors.torch import load_file, save_file
 
 import passes
 from backends.hf import HuggingFace
+from backends.hf.checkpoint import lower
+from ir import edit
 from ir.errors import BackendError, DataError, OptionError
+from ir.sites import layers
 from passes.probe import relative_error
-from tests.families import load
+from tests.families import VOCABULARY, load
 from tests.passes.samples import Mlp, compiled, tokens, vectors
 
 PLAIN = "multiple=4, criterion='magnitude', compensate=False"
@@ -60,12 +63,21 @@ def test_generation_and_dtype_come_along(tmp_path):
     ("family", "pipeline", "said"),
     [
         ("llama", f"prune(share=0.25, what=['mlp'], ignore=['re:.*layers.0.*'], {PLAIN})", "no configuration"),
-        ("gpt2", "untie, fold_norm", r"the class has no lm_head\.bias"),
+        ("gpt2", "untie, fold_norm", r"it has no transformer\."),
     ],
 )
 def test_what_is_no_model_of_the_class_is_refused(family, pipeline, said):
     with pytest.raises(BackendError, match=said):
         passes.compile(load(family).captured, f"canonicalize, {pipeline}", backend="hf")
+
+
+def test_a_bias_that_the_class_has_no_place_for_is_named():
+    gm = load("llama").graph()
+    head = layers(gm)[-1].node
+    head.args = (*head.args[:2], edit.add_attribute(gm, "shift", torch.ones(VOCABULARY), before=head))
+    gm.recompile()
+    with pytest.raises(BackendError, match=r"other logits .*the class has no lm_head\.bias"):
+        lower(gm, [])
 
 
 def test_other_models_are_refused():

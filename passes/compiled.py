@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -110,11 +111,19 @@ class Compiled:
             if self._report is not None:
                 self._report.target |= self.executable.report()
                 (partial / "report.json").write_text(json.dumps(self._report.to_json(), indent=1, default=str), encoding="utf-8")
-                page.write_report(partial)
+                _write_page(partial)
             if self._recipe is not None:
                 self._recipe.write(partial / "recipe.yaml")
             _save_tokenizer(self._tokenizer, partial)
         return directory
+
+
+def _write_page(directory: Path) -> None:
+    """The report as a page; tables that it cannot draw, which passes of others may write, cost the page and not the model."""
+    try:
+        page.write_report(directory)
+    except DataError as error:
+        warnings.warn(f"{page.FILE} was not written: {error}", stacklevel=3)
 
 
 def _save_tokenizer(tokenizer: Any, directory: Path) -> None:

@@ -63,6 +63,14 @@ def test_the_folder_holds_recipe_and_report(saved):
         passes.load(saved).report()
 
 
+def test_a_table_that_cannot_be_drawn_costs_the_page_alone(tmp_path):
+    made = passes.compile(Mlp(), "w8a16", args=(vectors(),))
+    made.report().tables["contributions"] = [{"predicted": "much"}]
+    with pytest.warns(UserWarning, match="report.html was not written"):
+        out = made.save(tmp_path / "out")
+    assert passes.load(out) and not (out / "report.html").exists()
+
+
 def test_tied_weights_are_stored_once(tmp_path):
     made = compiled("llama_tied", "untie")
     made.save(tmp_path / "out")

@@ -29,8 +29,7 @@ def counted(gm):
     return used, sum(rows * columns for rows, columns in shapes)
 
 
-@pytest.mark.parametrize("bits", [2.6, 3.3, 4.6, 6.0])
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("bits", "fused"), [(2.6, True), (3.3, False), (4.6, True), (6.0, False)])
 def test_a_budget_is_met_from_below(bits, fused):
     gm, ctx = assigned(f"assign_bits(bits={bits}, groups=(16, 32, -1), fused={fused})")
     used, weights = counted(gm)

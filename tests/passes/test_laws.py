@@ -122,7 +122,7 @@ def test_a_pass_keeps_the_promise_of_its_effect(case, family):
     assert all(torch.isfinite(output).all() for output in found)
 
 
-@pytest.mark.parametrize("family", FAMILIES[:2])
+@pytest.mark.parametrize("family", FAMILIES[:1])
 def test_a_pass_does_the_same_twice(case, family):
     step, before = case
     graphs = []

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from ir import edit
 from ir.encoding import Encoding
 from ir.errors import OptionError
-from ir.ops import DEQUANTIZE
+from ir.ops import DEQUANTIZE, QUANTIZE
 
 aten = torch.ops.aten
 KEY = "fxpress"  # the entry of `node.meta["custom"]` that holds {operand: encoding text}
@@ -43,6 +43,11 @@ class Site:
         """The encoding annotated here, if any."""
         text = self.node.meta.get("custom", {}).get(KEY, {}).get(self.name)
         return None if text is None else Encoding.parse(text)
+
+    @property
+    def rounded(self) -> Encoding | None:
+        """The encoding that a quantized value read here has, if it is one."""
+        return Encoding.parse(str(self.operand.args[3])) if self.operand.target is DEQUANTIZE else None
 
     def annotate(self, encoding: Encoding | None) -> None:
         """Set or remove the annotation."""
@@ -146,6 +151,15 @@ def chosen(gm: GraphModule, operand: str = "weight") -> list[Layer]:
     linears = [layer for layer in layers(gm) if layer.kind == "Linear"]
     outputs = heads(gm)
     return [layer for layer in linears if layer.site(operand).encoding] or [layer for layer in linears if layer.node not in outputs]
+
+
+def before_rounding(node: Node) -> Node:
+    """What is rounded, if `node` is an activation after rounding; else the node itself."""
+    if node.target is DEQUANTIZE and isinstance(node.args[0], Node) and node.args[0].target is QUANTIZE:
+        source = node.args[0].args[0]
+        assert isinstance(source, Node)
+        return source
+    return node
 
 
 def stored_weight(node: Node) -> Node | None:

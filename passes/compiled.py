@@ -18,6 +18,7 @@ from passes import page, registry
 from passes.backend import Backend, Executable
 from passes.base import Record
 from passes.calls import call_text
+from passes.page.saved import FILE as REPORT
 from passes.recipe import Recipe
 from passes.report import Report
 
@@ -110,7 +111,7 @@ class Compiled:
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             if self._report is not None:
                 self._report.target |= self.executable.report()
-                (partial / "report.json").write_text(json.dumps(self._report.to_json(), indent=1, default=str), encoding="utf-8")
+                (partial / REPORT).write_text(json.dumps(self._report.to_json(), indent=1, default=str), encoding="utf-8")
                 _write_page(partial)
             if self._recipe is not None:
                 self._recipe.write(partial / "recipe.yaml")

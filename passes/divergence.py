@@ -54,9 +54,8 @@ def corrected(logits: Tensor, ids: Tensor, mask: Tensor | None, share: float) ->
     """
     p = logits.float().softmax(-1)
     there = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, -ids.shape[1] :].bool()
-    known = (there[:, :-1] & there[:, 1:])[..., None].to(p.dtype)
-    said = torch.zeros_like(p[:, :-1]).scatter_(-1, ids[:, 1:, None], known)
-    p[:, :-1] += share * (said - known * p[:, :-1])
+    said = share * (there[:, :-1] & there[:, 1:])[..., None].to(p.dtype)
+    p[:, :-1].mul_(1 - said).scatter_add_(-1, ids[:, 1:, None], said)
     return p.clamp_min(torch.finfo(p.dtype).tiny).log()
 
 

@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ir import edit
-from ir.encoding import Encoding
-from ir.ops import DEQUANTIZE, QUANTIZE
-from ir.sites import Layer, Mark, floats, layers, quantized, readers
+from ir.ops import DEQUANTIZE
+from ir.sites import Layer, Mark, before_rounding, floats, layers, quantized, readers
 from ir.weights import ERROR
 from passes.base import Context
 from passes.grid import place
 from passes.observation import watch
+from passes.probe import relative_error
 from passes.progress import Progress
 
 QUANTILES = (0.5, 0.99, 0.999, 1.0)  # of |x|, that are told of what linears read
@@ -60,9 +60,9 @@ def sizes(gm: GraphModule) -> dict[str, int]:
 def reads(gm: GraphModule, ctx: Context) -> dict[str, Read]:
     """What every linear reads on the probe."""
     operands = readers(gm)
-    exact = {operand: _exact(operand) for operand in operands}
+    sources = {operand: before_rounding(operand) for operand in operands}
     waiting: dict[Node, set[Node]] = {}
-    for operand, source in exact.items():
+    for operand, source in sources.items():
         waiting.setdefault(source, set()).add(operand)
     held: dict[Node, tuple[Tensor, list[float]]] = {}
     found: dict[str, Read] = {}
@@ -72,9 +72,9 @@ def reads(gm: GraphModule, ctx: Context) -> dict[str, Read]:
             held[node] = value, _quantiles(value)
         if node not in operands:
             return
-        source = exact[node]
+        source = sources[node]
         x, quantiles = held[source]
-        error = None if node is source else _short(float((value.float() - x.float()).norm() / x.float().norm().clamp_min(1e-30)))
+        error = None if node is source else _short(relative_error((value,), (x,)))
         found.update((layer.path, Read(quantiles, error)) for layer in operands[node])
         waiting[source].discard(node)
         if not waiting[source]:
@@ -111,17 +111,10 @@ def part_rows(before: View, after: View) -> Rows:
     return [{"part": part, "before": before.sizes.get(part, 0), "after": after.sizes.get(part, 0)} for part in parts]
 
 
-def _exact(operand: Node) -> Node:
-    """What an operand was before it was rounded."""
-    codes = operand.args[0] if operand.target is DEQUANTIZE else None
-    return codes.all_input_nodes[0] if isinstance(codes, Node) and codes.target is QUANTIZE else operand
-
-
 def _mark(layer: Layer) -> str:
     """The encodings that a layer's operators say it has."""
-    operands = [layer.weight, *([layer.site("input").operand] if layer.kind == "Linear" else [])]
-    weight, *given = [Encoding.parse(str(node.args[3])) if node.target is DEQUANTIZE else None for node in operands]
-    return "" if weight is None else str(Mark(given[0] if given else None, weight))
+    weight, given = layer.site("weight").rounded, layer.site("input").rounded if layer.kind == "Linear" else None
+    return "" if weight is None else str(Mark(given, weight))
 
 
 def _quantiles(x: Tensor) -> list[float]:

@@ -13,8 +13,7 @@ from ir import edit, evaluate, numerics
 from ir.blocks import Block, blocks
 from ir.encoding import Encoding
 from ir.errors import DataError
-from ir.ops import DEQUANTIZE, QUANTIZE
-from ir.sites import Layer
+from ir.sites import Layer, before_rounding
 from passes.base import Context
 from passes.calibration import tokens_in
 
@@ -114,7 +113,7 @@ class Prefix:
                 for of_group, w in zip(grams[node], weights[index].T, strict=True):
                     of_group.addmm_((x * w[:, None]).T, x)
             if self.was is not None and cross is not None:
-                exact = self.twin[_unrounded(source)]
+                exact = self.twin[before_rounding(source)]
                 cross.addmm_(self.was.values(self._twin(block), index, batch, [exact])[exact].flatten(0, -2).float().T, x)
         n = max(count, 1)
         of_groups = {node: found / n for node, found in grams.items()}
@@ -194,15 +193,6 @@ def exact_copy(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
     copy = edit.copied(gm)
     twin = dict(zip(gm.graph.nodes, copy.graph.nodes, strict=True))
     for node in list(copy.graph.nodes):
-        if _unrounded(node) is not node:
-            edit.replace(node, _unrounded(node))
+        if before_rounding(node) is not node:
+            edit.replace(node, before_rounding(node))
     return copy, twin
-
-
-def _unrounded(node: Node) -> Node:
-    """What is rounded, if `node` is an activation after rounding."""
-    if node.target is DEQUANTIZE and isinstance(node.args[0], Node) and node.args[0].target is QUANTIZE:
-        source = node.args[0].args[0]
-        assert isinstance(source, Node)
-        return source
-    return node

@@ -22,7 +22,7 @@ __all__ = ["HuggingFace"]
 class HuggingFace:
     """Save what is still a model of its class: the same layers, all alike, some fewer or narrower.
 
-    Quantized linears are written in the compressed-tensors format, which transformers (with compressed-tensors installed) and vLLM load.
+    Quantized linears are written in the compressed-tensors format, which transformers loads with compressed-tensors installed.
 
     Args:
         shard: the greatest size of a file of weights: "5GB", "500MB".

@@ -122,10 +122,14 @@ def _compressed(directory: Path, config: Any, architecture: str, stated: Quantiz
     for file in sorted(directory.glob("*.safetensors")):
         state |= load_file(file)
     described = empty(config, architecture)
+    parts: dict[str, State] = {}
+    for key, tensor in state.items():
+        name, _, part = key.rpartition(".")
+        parts.setdefault(name, {})[part] = tensor
     linears: dict[str, Rounded] = {}
     for name, scheme in stated.schemes(linear_names(described)).items():
-        own = [key for key in state if key.rpartition(".")[0] == name and not key.endswith(".bias")]
-        linears[name] = Rounded.read(scheme, {key.removeprefix(f"{name}."): state.pop(key) for key in own})
+        own = {part: state.pop(f"{name}.{part}") for part in parts.pop(name, {}) if part != "bias"}
+        linears[name] = Rounded.read(scheme, own)
     there = state.keys() | {f"{name}.weight" for name in linears}
     missing = sorted(name for name, names in tied(described).items() if names.isdisjoint(there))
     if missing:

@@ -12,6 +12,7 @@ from transformers.initialization import no_init_weights
 
 from backends.hf.quantized import Rounded
 from ir.signature import CACHE, Signature
+from passes.probe import relative_error
 
 CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the logits, relative
 CLOSE_ROUNDED = ((8, 5e-2), (0, 0.5))  # the same where inputs have that many bits: a difference of 1e-7 can move one to the next code
@@ -57,7 +58,6 @@ def difference(gm: GraphModule, model: transformers.PreTrainedModel) -> float:
     for _ in range(2 if signature.causal else 1):
         mine = signature.wrap(gm(*signature.bind(**given, **caches[0])))
         theirs = model(**given, **caches[1])
-        a, b = (found[0].double() for found in (mine, theirs))
-        greatest = max(greatest, float((a - b).norm() / b.norm().clamp_min(1e-30)))
+        greatest = max(greatest, relative_error((mine[0],), (theirs[0],)))
         caches = [{CACHE: found.get(CACHE)} if CACHE in found else {} for found in (mine, theirs)]
     return greatest

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from ir import edit
 from ir.match import NORMS, find, operands
+from passes.probe import relative_error
 
 TOKENS = 16  # of the probe
 CLOSE = 1e-4  # of the outputs, relative
@@ -57,7 +58,7 @@ def _solved(gm: GraphModule, node: Node, module: nn.Module, names: list[str]) ->
     theta = torch.linalg.lstsq(D, (wanted - base).T.unsqueeze(-1).double()).solution[..., 0]
     theta = torch.where((theta - theta.round()).abs() < EXACT, theta.round(), theta)
     solved = {name: theta[:, index].float() for index, name in enumerate(names)}
-    error = (_of_module(own, x, solved) - wanted).norm() / wanted.norm().clamp_min(1e-30)
+    error = relative_error((_of_module(own, x, solved),), (wanted,))
     return {name: vector.to(dtype) for name, vector in solved.items()} if error < CLOSE else {}
 
 

@@ -16,7 +16,7 @@ from ir import edit, numerics
 from ir.encoding import Encoding
 from ir.errors import BackendError, DataError
 from ir.ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
-from ir.sites import layers
+from ir.sites import Layer, layers
 
 ROWS = 4096  # packed at once
 
@@ -140,7 +140,7 @@ def rounded_linears(gm: GraphModule, dtype: torch.dtype) -> dict[str, Rounded]:
         if layer.weight.target is not DEQUANTIZE:
             continue
         name, call = layer.path.partition("#")[::2]
-        made = _of_node(gm, layer.node, dtype)
+        made = _of_layer(gm, layer, dtype)
         if call and (name not in found or not torch.equal(found[name].codes, made.codes)):
             remedy = "leave out passes that split linears (split_channels, learn_masks), or use backend='onnx'"
             raise BackendError(f"{name} has become several linears", where="backend hf", remedy=remedy)
@@ -148,13 +148,10 @@ def rounded_linears(gm: GraphModule, dtype: torch.dtype) -> dict[str, Rounded]:
     return found
 
 
-def _of_node(gm: GraphModule, node: Node, dtype: torch.dtype) -> Rounded:
-    x, dequantize = node.args[:2]
-    assert isinstance(x, Node) and isinstance(dequantize, Node)
-    codes, scale, zero_point = (_constant(gm, operand) for operand in dequantize.args[:3])
-    assert codes is not None and scale is not None
-    weight = Encoding.parse(str(dequantize.args[3]))
-    given = Encoding.parse(str(x.args[3])) if x.target is DEQUANTIZE else None
+def _of_layer(gm: GraphModule, layer: Layer, dtype: torch.dtype) -> Rounded:
+    x, weight, given = layer.site("input").operand, layer.site("weight").rounded, layer.site("input").rounded
+    codes, scale, zero_point = (_constant(gm, operand) for operand in layer.weight.args[:3])
+    assert weight is not None and codes is not None and scale is not None
     # What is chosen at run time is no constant.
     input_scale, input_zero_point = (None, None) if given is None else (_constant(gm, operand) for operand in x.args[1:3])
     shape, scheme = tuple(codes.shape), Scheme.of(weight, given, tuple(codes.shape))
@@ -178,9 +175,7 @@ def remarks(linears: Mapping[str, Rounded]) -> list[str]:
     taken = {(linear.bits, linear.scheme.weights.num_bits if linear.scheme.format == PACKED else 8) for linear in linears.values()}
     found = [f"hf: {bits}-bit weights take {room} bits each" for bits, room in sorted(taken) if bits != room]
     if any(room == 2 for _, room in taken):
-        found.append("hf: transformers runs 2-bit weights; vLLM has kernels for 4 and 8 bits")
+        found.append("hf: transformers runs 2-bit weights; whether others do was not tried")
     if any(linear.scheme.format == PACKED and not linear.scheme.weights.symmetric for linear in linears.values()):
-        found.append(
-            "hf: packed zero points are read by vLLM and compressed-tensors up to 0.17; 0.18 to 0.20 refuse them (symmetric=True helps)"
-        )
+        found.append("hf: packed zero points load with compressed-tensors 0.17; 0.18 to 0.20 refuse them (symmetric=True helps)")
     return found

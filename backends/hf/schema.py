@@ -113,7 +113,8 @@ class Quantization(BaseModel):
     def schemes(self, linears: Sequence[str]) -> dict[str, Scheme]:
         """The scheme of each of these modules that has one."""
         named = {target: scheme for scheme in self.config_groups.values() for target in scheme.targets}
-        found = {name: named.get(name, named.get("Linear")) for name in linears if name not in self.ignore}
+        ignored = set(self.ignore)
+        found = {name: named.get(name, named.get("Linear")) for name in linears if name not in ignored}
         return {name: scheme for name, scheme in found.items() if scheme is not None}
 
     def to_json(self) -> dict[str, Any]:

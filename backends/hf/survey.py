@@ -12,8 +12,8 @@ from ir import edit
 from ir.encoding import Encoding
 from ir.errors import BackendError, CoverageError
 from ir.match import find
-from ir.ops import DEQUANTIZE, HADAMARD, QUANTIZE
-from ir.sites import QUANTIZABLE, Layer, layers
+from ir.ops import HADAMARD
+from ir.sites import QUANTIZABLE, Layer, before_rounding, layers
 
 WHERE = "backend hf"
 
@@ -49,8 +49,7 @@ def _encodings(gm: GraphModule) -> Iterator[tuple[Layer, dict[str, Encoding]]]:
     for layer in layers(gm):
         found: dict[str, Encoding] = {}
         for name in QUANTIZABLE[layer.node.target][1]:
-            read = layer.site(name).operand
-            stated = Encoding.parse(str(read.args[3])) if read.target is DEQUANTIZE else layer.site(name).encoding
+            stated = layer.site(name).rounded or layer.site(name).encoding
             if stated is not None:
                 found[name] = stated
         yield layer, found
@@ -65,13 +64,6 @@ def _check_layer(layer: Layer, encodings: dict[str, Encoding], modules: dict[str
         raise CoverageError(f"{layer.path} cannot be stored: {reason}", where=layer.path, remedy="ignore the layer, or use backend='onnx'")
 
 
-def _source(node: Node) -> Node:
-    """What is rounded to give a linear's input."""
-    while node.target in {DEQUANTIZE, QUANTIZE} and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node
-
-
 def _check_fused(gm: GraphModule, marked: dict[Layer, dict[str, Encoding]]) -> None:
     """Linears of one module that read one tensor (queries, keys and values; gate and up) have one scheme: vLLM makes one linear of them."""
     sets: dict[tuple[Node, str], dict[str, Layer]] = {}
@@ -81,7 +73,7 @@ def _check_fused(gm: GraphModule, marked: dict[Layer, dict[str, Encoding]]) -> N
         scheme = ""
         if "weight" in encodings:
             scheme = Scheme.of(encodings["weight"], encodings.get("input"), tuple(edit.value(layer.weight).shape)).model_dump_json()
-        key = (_source(layer.site("input").operand), layer.path.rpartition(".")[0])
+        key = (before_rounding(layer.site("input").operand), layer.path.rpartition(".")[0])
         sets.setdefault(key, {}).setdefault(scheme, layer)
     for found in sets.values():
         if len(found) > 1:

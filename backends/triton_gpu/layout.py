@@ -79,5 +79,5 @@ def _unpack_plane(plane: Tensor, bits: int) -> Tensor:
     container = 8 * plane.element_size()
     words = plane.view(_SIGNED[container]).to(torch.int32).transpose(0, 1)
     places = torch.arange(0, container, bits, dtype=torch.int32, device=plane.device)[:, None]
-    codes = (words[:, :, None, :] >> places) & (2**bits - 1)
+    codes: Tensor = (words[:, :, None, :] >> places) & (2**bits - 1)
     return codes.to(torch.uint8).flatten(1)

@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 OUT := out/demo
 PROMPT ?= The Prime Minister says the Government
 
-.PHONY: demo test lint docs install clean
+.PHONY: demo test test-all lint docs install clean
 
 demo: $(INSTALLED)
 	$(BIN)/fxpress compile fixtures/tiny-llama --pipeline w4a16 --calibration fixtures/calibration.txt \
@@ -16,6 +16,10 @@ demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py fixtures/tiny-llama $(OUT)
 
 test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not thorough"
+
+# With the costly cases of every kind too: all families everywhere.
+test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -48,6 +49,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "bert": lambda: transformers.BertConfig(**_SIZES),
 }
 
+DISTINCT = ("llama", "gemma3", "phi3", "gpt2")
+"""Families that have everything between them: grouped queries, windows, norms behind, fused projections, biases, LayerNorm."""
+
 RMS_NORMS = {
     **dict.fromkeys(("llama", "llama_tied", "qwen2", "mistral", "phi3"), 2 * LAYERS + 1),
     **dict.fromkeys(("qwen3", "gemma2", "olmo2"), 4 * LAYERS + 1),
@@ -55,6 +59,11 @@ RMS_NORMS = {
     **dict.fromkeys(("gpt2", "opt", "gpt_neox", "bert"), 0),
 }
 """How many RMS norms the model of each family has."""
+
+
+def distinct_first() -> list[Any]:
+    """Every family, as parameters of a costly test: those that are not distinct are left to `make test-all`."""
+    return [pytest.param(name, marks=() if name in DISTINCT else pytest.mark.thorough) for name in FAMILIES]
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from ir.selection import select, stays
 from ir.text import graph_text
 from ir.verify import verify
 from passes.probe import relative_error
-from tests.families import FAMILIES, load
+from tests.families import distinct_first, load
 from tests.ir.channels.samples import SAMPLES, graph, heads, joined, sample, softmax_attention
 from tests.ir.inference import check_shapes
 from tests.passes.samples import run, weights
@@ -49,7 +49,7 @@ def some(group: ChannelGroup, seed: int) -> Tensor:
     return order[: max(1, round(0.67 * group.size) - 1)].sort().values
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", distinct_first())
 def test_what_is_left_equals_its_masked_twin(name):
     gm, twin = prepared(name), prepared(name)
     picked = [(group, some(group, index)) for index, group in enumerate(free(gm))]

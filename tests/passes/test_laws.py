@@ -149,7 +149,7 @@ def test_a_pass_on_a_graph_without_groups_returns_zero(name):
     assert records[-1].sites == 0
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", pytest.param("gemma2", marks=pytest.mark.thorough)])
 def test_passes_that_keep_the_function_keep_it_in_float64(family):
     gm = capture(build(family, torch.float64))
     before = model_outputs(gm, gm.meta["example"])

@@ -126,7 +126,7 @@ def test_a_bias_makes_up_for_the_mean():
     ("family", "steps"),
     [
         ("llama", "prune(share=0.35, multiple=2, {})"),
-        ("phi3", "prune(share=0.35, multiple=2, {})"),
+        pytest.param("phi3", "prune(share=0.35, multiple=2, {})", marks=pytest.mark.thorough),
         (
             "llama",
             "prune(share=0.5, what=['query_heads'], {0}), prune(share=0.154, what=['blocks'], {0}), "

@@ -18,7 +18,7 @@ from ir.errors import BackendError, DataError, OptionError
 from passes.base import Context
 from passes.untie import Untie
 from tests.backends.onnx_qdq.conftest import branches, flat_inputs, quantized, relative
-from tests.families import FAMILIES
+from tests.families import distinct_first
 
 SHAPES = ((1, 7, 0), (2, 1, 4), (1, 1, 0), (3, 12, 9))  # batch, length, past: a prompt, a step, a first token, a longer one
 
@@ -29,7 +29,7 @@ def normal_form(families, name, dtype=torch.float32):
     return gm
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", distinct_first())
 def test_one_graph_serves_every_batch_length_and_past_in_8_bits(families, name):
     gm = normal_form(families, name)
     quantized(gm, {"Linear": ("i8[1,32]", None)})

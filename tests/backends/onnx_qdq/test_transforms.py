@@ -21,13 +21,19 @@ def errors(family, pipeline):
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.thorough)])
 def test_rotations_are_exact(family):
     text = "rotate(where=['R1', 'R2', 'R3', 'R4']), balance_channels(online=True), observe, smooth_channels(where=['norm'])"
     assert errors(family, text).amax() < 1e-5
 
 
-@pytest.mark.parametrize("pipeline", ["mixed(bits=3.6, groups=(16, 32), steps=3)", "mixed(bits=2.6, rounding='gptq')"])
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        "mixed(bits=3.6, groups=(16, 32), steps=3)",
+        pytest.param("mixed(bits=2.6, rounding='gptq')", marks=pytest.mark.thorough),
+    ],
+)
 def test_mixed_widths_are_exact(pipeline):
     assert errors("llama", pipeline).amax() < 1e-5
 
@@ -38,7 +44,7 @@ def test_mixed_widths_are_exact(pipeline):
         "w4a4",
         "w8a8(transform='smoothrot', cache=8)",
         "mixed(bits=5.6, widths=('W4A4', 'W8A8'), groups=(-1, 32), steps=3, own_text=False)",
-        "canonicalize, quantize_cache(bits=12.0, widths=(2, 4, 8, 16))",
+        pytest.param("canonicalize, quantize_cache(bits=12.0, widths=(2, 4, 8, 16))", marks=pytest.mark.thorough),
     ],
 )
 def test_quantized_transforms_follow_the_oracle(pipeline):

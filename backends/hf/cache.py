@@ -1,7 +1,7 @@
 """Rounded keys and values: as a graph keeps them, as the class's model computes with them, and as a checkpoint states them.
 
     kv_cache_scheme         in the configuration: how all keys and values are rounded
-    PATH.k_scale, .v_scale  their static scales in the attention at PATH: [1] for the whole layer, or [heads, 1, 1]
+    PATH.k_scale, .v_scale  their scales in the attention at PATH: [1] for the whole layer, or [heads, 1, 1]
 
 A loader that honours the scheme rounds keys and values as they enter the cache. compressed-tensors does so for modules that it takes for
 attention, by the names of their class and of their projections.
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from backends.hf.schema import Arguments, refusal
+from backends.hf.schema import CACHES, Arguments, refusal
 from ir import edit
 from ir.cache import CacheSite, cache_sites, rounded_sites
 from ir.cache_code import CacheCode, compute, recode
 from ir.encoding import Encoding
 from ir.errors import CoverageError, DataError
 from ir.packing import per_byte
+from ir.sites import layers
 
 PROJECTIONS = ("k_proj", "v_proj", "qkv_proj", "kv_b_proj")
 SCALES = {"key": "k_scale", "value": "v_scale"}
@@ -35,7 +36,7 @@ class RoundedCache:
 
     Args:
         arguments: how.
-        scales: static scales of every attention, by its path and by part, `[1]` or `[heads, 1, 1]`; without parts where they are dynamic.
+        scales: of every attention, by its path and by part, `[1]` or `[heads, 1, 1]`.
     """
 
     arguments: Arguments
@@ -43,8 +44,7 @@ class RoundedCache:
 
     def code(self, path: str, part: str, packed: bool = False) -> CacheCode:
         """How one attention keeps its keys or values."""
-        scale = self.scales[path].get(part)
-        return CacheCode(self.arguments.encoding, None if scale is None else scale.reshape(1, -1, 1, 1), None, packed)
+        return CacheCode(self.arguments.encoding, self.scales[path][part].reshape(1, -1, 1, 1), None, packed)
 
     def renamed(self, rename: Callable[[str], str]) -> "RoundedCache":
         """The same under other paths."""
@@ -61,15 +61,15 @@ class RoundedCache:
         """The inverse of `tensors`, which are taken out of `state`.
 
         Raises:
-            DataError: a scale is missing.
+            DataError: a scale is missing, or the scheme is none that we write.
         """
-        paths = attentions(model)
-        if arguments.dynamic:
-            return cls(arguments, {path: {} for path in paths})
+        if arguments.dynamic or arguments.strategy not in CACHES.values():
+            raise DataError(f"kv_cache_scheme has scales by {arguments.strategy}, dynamic={arguments.dynamic}, which are not read here")
         try:
-            return cls(arguments, {path: {part: state.pop(f"{path}.{name}") for part, name in SCALES.items()} for path in paths})
+            scales = {path: {part: state.pop(f"{path}.{name}") for part, name in SCALES.items()} for path in attentions(model)}
         except KeyError as error:
             raise DataError(f"{error.args[0]} is missing") from error
+        return cls(arguments, scales)
 
     def attach(self, model: nn.Module) -> None:
         """Let the attentions of a model round what they give to their cache."""
@@ -91,12 +91,8 @@ class RoundedCache:
     def remarks(self) -> list[str]:
         """What users of a checkpoint should know of its cache."""
         found = ["hf: transformers rounds keys and values of the cache with compressed-tensors, and keeps them in floating point"]
-        if self.arguments.dynamic:
-            found.append("hf: it chooses scales of the cache in the model's dtype; here they are kept in float16")
-        if self.arguments.type != "float" or self.arguments.dynamic:
-            found.append(
-                "hf: whether other loaders take this cache was not tried; quantize_cache(dynamic=False, tensor=True, floats=True) is common"
-            )
+        if (self.arguments.type, self.arguments.strategy) != ("float", "tensor"):
+            found.append("hf: vLLM's source names 8-bit floats for a cache, one scale a layer: tensor=True, floats=True; it was not run")
         return found
 
 
@@ -131,28 +127,27 @@ def rounded_cache(gm: GraphModule, model: nn.Module, dtype: torch.dtype = torch.
     """
     encodings: dict[str, dict[str, Encoding]] = {}
     scales: dict[str, dict[str, Tensor]] = {}
-    stated: dict[Arguments, str] = {}
     for name, node in rounded_sites(gm):
         path, part = edit.module_path(node), name.rpartition(".")[2]
-        x, scale, _, text = node.args
-        _, heads, _, width = edit.value(x).shape  # type: ignore[arg-type]
+        _, scale, _, text = node.args
         encoding = encodings.setdefault(path, {})[part] = Encoding.parse(str(text))
-        scales.setdefault(path, {})
         if isinstance(scale, Node) and scale.op == "get_attr":
-            scales[path][part] = edit.attribute(gm, scale).detach().to(dtype).reshape(1 if encoding.block == (-1,) else (-1, 1, 1))
-        if len(encodings[path]) == len(SCALES):
-            if reason := refusal("Cache", encodings[path], (int(heads), int(width))):
-                raise _refusal(path, reason)
-            stated.setdefault(Arguments.of_cache(encoding, int(width)), path)
+            static = edit.attribute(gm, scale).detach().to(dtype)
+            scales.setdefault(path, {})[part] = static.reshape(1 if encoding.block == (-1,) else (-1, 1, 1))
     if not encodings:
         return None
-    known = attentions(model)
+    for path, given in encodings.items():
+        if reason := refusal("Cache", given, ()):
+            raise _refusal(path, reason)
+    there = tuple(f"{path}." for path in attentions(model))
+    known = {layer.path.rpartition(".")[0] for layer in layers(gm) if layer.path.startswith(there)}  # layers may be gone
     for path in sorted(known ^ encodings.keys()):
         raise _refusal(path, "it is not rounded, and others are" if path in known else "compressed-tensors does not take it for attention")
-    alone = [path for path, parts in encodings.items() if len(parts) < len(SCALES)]
-    if alone or len(stated) > 1:
-        raise _refusal([*alone, *stated.values()][-1], "checkpoints state one encoding for all keys and values")
-    return RoundedCache(next(iter(stated)), scales)
+    first, encoding = next((path, given["key"]) for path, given in encodings.items())
+    for path, given in encodings.items():
+        if given["key"] != encoding:
+            raise _refusal(path, f"it is {given['key']} and that of {first} {encoding}; checkpoints state one for all")
+    return RoundedCache(Arguments.of(encoding, CACHES[encoding.block]), scales)
 
 
 def attentions(model: nn.Module) -> set[str]:

@@ -27,10 +27,8 @@ ACTIVATIONS: dict[tuple[tuple[int, ...], bool], Strategy] = {  # by block and dy
     ((-1,), True): "tensor",
     ((-1,), False): "tensor",
 }
-CACHES: dict[tuple[int, ...], Strategy] = {(-1,): "tensor", (-1, 1, -1, -1): "attn_head"}  # with static scales, by block
-CACHE_REMEDY = (
-    "quantize_cache(dynamic=False, symmetric=True), with tensor=True or floats=True or without, or quantize_cache(symmetric=True)"
-)
+CACHES: dict[tuple[int, ...], Strategy] = {(-1,): "tensor", (-1, 1, -1, -1): "attn_head"}  # by block
+STATED = "what can be stated is quantize_cache(dynamic=False, symmetric=True), in any width, with tensor=True and floats=True or without"
 
 
 class Arguments(BaseModel):
@@ -64,14 +62,6 @@ class Arguments(BaseModel):
         blocks = {"tensor": (-1,), "channel": (1, -1), "token": (1, -1), "group": groups, "attn_head": (-1, 1, -1, -1)}
         number = Int(self.num_bits) if self.type == "int" else Float(4, 3)
         return Encoding(number, blocks[self.strategy], symmetric=self.symmetric, dynamic=self.dynamic)
-
-    @classmethod
-    def of_cache(cls, encoding: Encoding, width: int) -> "Arguments":
-        """The arguments of keys and values of heads of that width, for which `refusal` is None: one scale per layer, head, or group."""
-        if encoding.dynamic:
-            size = width if encoding.block[-1] == -1 else encoding.block[-1]
-            return cls.of(replace(encoding, block=(1, size)), "group")
-        return cls.of(encoding, CACHES[encoding.block])
 
 
 class Scheme(BaseModel):
@@ -171,19 +161,17 @@ def refusal(operator: str, encodings: Mapping[str, Encoding], shape: Sequence[in
 
 def _cache_refusal(encodings: Mapping[str, Encoding]) -> str | None:
     if set(encodings) != {"key", "value"} or len(set(encodings.values())) > 1:
-        return f"compressed checkpoints round keys and values alike, all of them or none; {CACHE_REMEDY} can be stated"
+        return f"compressed checkpoints round all keys and values alike, or none; {STATED}"
     encoding = encodings["key"]
+    if encoding.dynamic:
+        return f"compressed checkpoints cannot state that scales of a cache are chosen at run time and kept in float16; {STATED}"
     if not encoding.symmetric:
-        reason = "loaders refuse zero points of a cache"
-    elif encoding.format == Float(5, 2):
-        reason = "compressed checkpoints know one 8-bit float, f8e4m3"
-    elif encoding.clip != 1:
-        reason = f"compressed checkpoints cannot state that scales cover {encoding.clip:g} of a range"
-    elif not encoding.dynamic and encoding.block not in CACHES:
-        reason = f"static scales of a cache are of a whole layer or of heads, not {encoding}"
-    else:
-        return None
-    return f"{reason}; {CACHE_REMEDY} can be stated"
+        return f"compressed-tensors refuses zero points of a cache; {STATED}"
+    if encoding.format == Float(5, 2):
+        return f"compressed checkpoints know one 8-bit float, f8e4m3; {STATED}"
+    if encoding.block not in CACHES:
+        return f"scales of a cache are of a whole layer or of heads in compressed checkpoints, not {encoding}; {STATED}"
+    return None
 
 
 def _weight_refusal(weight: Encoding, shape: Sequence[int]) -> str | None:

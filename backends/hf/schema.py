@@ -151,6 +151,8 @@ def refusal(operator: str, encodings: Mapping[str, Encoding], shape: Sequence[in
     """
     if operator == "Cache":
         return _cache_refusal(encodings)
+    if operator == "Embedding":
+        return "transformers loads no packed embedding, and this backend writes no quantized embedding; leave out embeddings=True"
     if operator != "Linear":
         return f"compressed checkpoints have quantized linears only, no quantized {operator.lower()}"
     weight, given = encodings.get("weight"), encodings.get("input")

@@ -32,8 +32,8 @@ def survey(gm: GraphModule) -> None:
     online = next(iter(find(gm, HADAMARD)), None)
     if online is not None:
         raise BackendError(
-            "the graph rotates activations at run time, which no class of transformers does; it leaves out a transform_config that would state "
-            "the rotation, so that the folder would compute something else",
+            "the graph rotates activations at run time, which no class of transformers does; it leaves out a transform_config that would "
+            "state the rotation, so that the folder would compute something else",
             where=edit.module_path(online) or WHERE,
             remedy="rotate offline only, rotate_channels(where=['R1', 'R2']); or use backend='onnx'",
         )

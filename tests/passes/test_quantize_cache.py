@@ -353,3 +353,17 @@ def test_presets_append_it():
     for name in ("w8a8", "w4a16"):
         assert passes.Pipeline.parse(f"{name}(cache=4)").passes[-1] == QuantizeCache(4)
         assert QuantizeCache not in {type(step) for step in passes.Pipeline.parse(name)}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tensor": True}, "is static"),
+        ({"tensor": True, "dynamic": False, "channels": True}, "not per channel"),
+        ({"floats": True, "bits": 4}, "floats have 8 bits"),
+        ({"floats": True, "widths": (4, 8)}, "floats have 8 bits"),
+    ],
+)
+def test_scales_of_layers_are_static_and_floats_have_eight_bits(options, said):
+    with pytest.raises(OptionError, match=said):
+        QuantizeCache(**options)

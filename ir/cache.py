@@ -8,6 +8,7 @@ from torch.fx import GraphModule, Node
 
 from ir import edit, evaluate
 from ir.match import aten, is_call, operand
+from ir.ops import PACK, QUANTIZE
 from ir.signature import CACHE, PRESENT, TOKENS, Signature
 from ir.text import node_text
 
@@ -54,6 +55,18 @@ def cache_sites(gm: GraphModule) -> Iterator[tuple[str, CacheSite | str]]:
         if port.cached and port.torch_dtype.is_floating_point and not port.keeps_scales:
             name = port.name.removeprefix(f"{CACHE}.")
             yield name, _site(name, past, results.get(f"{PRESENT}.{name}"))
+
+
+def rounded_sites(gm: GraphModule) -> Iterator[tuple[str, Node]]:
+    """Every key and value of the cache that is kept as codes, in order: its name, and the operator that quantizes new ones."""
+    signature: Signature = gm.meta["signature"]
+    for port, result in zip(signature.outputs, gm.graph.output_node().args[0], strict=True):  # type: ignore[arg-type]
+        if port in signature.coded:
+            joined, _ = _behind_slices(result)
+            new: Any = operand(joined, "tensors")[1]
+            new = new.args[0] if is_call(new, PACK) else new
+            if is_call(new, QUANTIZE):
+                yield port.name.removeprefix(f"{PRESENT}."), new
 
 
 def _site(name: str, past: Node, result: Node | None) -> CacheSite | str:

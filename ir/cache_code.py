@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from ir import edit
 from ir.cache import CacheSite
-from ir.encoding import Encoding
+from ir.encoding import Encoding, Float
 from ir.match import aten
 from ir.ops import CHOOSE_QPARAMS, DEQUANTIZE, PACK, QUANTIZE, UNPACK
 from ir.packing import per_byte
@@ -31,7 +31,7 @@ class CacheCode:
         encoding: of `[batch, heads, tokens, width]`.
         scale: of a static encoding: a tensor, or the node of one.
         zero_point: of a static asymmetric encoding, likewise.
-        packed: several codes to a byte, if the width allows it.
+        packed: several codes to a byte, if the width allows it. Floats are kept as bytes in any case.
     """
 
     encoding: Encoding
@@ -47,7 +47,7 @@ class CacheCode:
             scale = call(getitem, chosen, 0)
             zero_point = None if self.encoding.symmetric else call(getitem, chosen, 1)
         codes = call(QUANTIZE, x, scale, zero_point, text)
-        kept = {CODES: call(PACK, codes, text) if self._several else codes}
+        kept = {CODES: call(PACK, codes, text) if self._bytes else codes}
         if self.encoding.dynamic:
             kept |= {SCALE: scale} if zero_point is None else {SCALE: scale, ZERO_POINT: zero_point}
         return kept
@@ -55,18 +55,19 @@ class CacheCode:
     def decode(self, kept: Mapping[str, Any], dtype: torch.dtype, call: Call) -> Any:
         """The keys or values that `kept` stands for."""
         text = str(self.encoding)
-        codes = call(UNPACK, kept[CODES], text) if self._several else kept[CODES]
+        codes = call(UNPACK, kept[CODES], text) if self._bytes else kept[CODES]
         return call(DEQUANTIZE, codes, kept.get(SCALE, self.scale), kept.get(ZERO_POINT, self.zero_point), text, dtype)
 
     def token_bytes(self, site: CacheSite) -> int:
         """Bytes that a site keeps for each token: codes, and for dynamic encodings scales, and zero points of one byte."""
-        codes = site.width // per_byte(self.encoding) if self._several else site.width
+        codes = site.width // per_byte(self.encoding) if self._bytes else site.width
         scales = self.encoding.scale_shape((1, site.width))[-1] if self.encoding.dynamic else 0
         return site.heads * (codes + scales * (SCALE_DTYPE.itemsize + (not self.encoding.symmetric)))
 
     @property
-    def _several(self) -> bool:
-        return self.packed and per_byte(self.encoding) > 1
+    def _bytes(self) -> bool:
+        # As floats, codes would pass for a cache that is not quantized.
+        return isinstance(self.encoding.format, Float) or (self.packed and per_byte(self.encoding) > 1)
 
 
 def compute(target: Any, *operands: Any) -> Any:

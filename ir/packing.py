@@ -7,7 +7,7 @@ by masks and shifts of whole rows, without moving codes between lanes.
 import torch
 from torch import Tensor
 
-from ir.encoding import Encoding
+from ir.encoding import Encoding, Float
 from ir.errors import OptionError
 from ir.numerics import code_range, storage_dtype
 
@@ -34,13 +34,15 @@ def misfit(codes: Tensor, encoding: Encoding) -> str | None:
 
 
 def pack(codes: Tensor, encoding: Encoding) -> Tensor:
-    """Codes `[..., n]` as bytes, uint8 `[..., n / per_byte]`, signed ones shifted to start from zero.
+    """Codes `[..., n]` as bytes, uint8 `[..., n / per_byte]`, signed ones shifted to start from zero, 8-bit floats as their bits.
 
     Raises:
         OptionError: `per_byte` does not divide `n`, or the codes have another dtype than the encoding's.
     """
     if reason := misfit(codes, encoding):
         raise OptionError(reason)
+    if isinstance(encoding.format, Float):
+        return codes.view(torch.uint8).clone()
     width, (least, _) = container(encoding), code_range(encoding)
     planes = (codes.to(torch.int16) - least).chunk(per_byte(encoding), -1)
     packed = planes[0]
@@ -51,6 +53,8 @@ def pack(codes: Tensor, encoding: Encoding) -> Tensor:
 
 def unpack(packed: Tensor, encoding: Encoding) -> Tensor:
     """The exact inverse of `pack`: codes in `storage_dtype(encoding)`."""
+    if isinstance(encoding.format, Float):
+        return packed.view(storage_dtype(encoding)).clone()
     width, (least, _) = container(encoding), code_range(encoding)
     planes = [(packed >> (width * index)) & (2**width - 1) for index in range(per_byte(encoding))]
     return (torch.cat(planes, -1).to(torch.int16) + least).to(storage_dtype(encoding))

@@ -89,9 +89,11 @@ class Compiled:
         if self.graph is None or self._report is None:
             raise OptionError("a loaded model has no graph to lower", where="Compiled.lowered", remedy="call it on what compile returned")
         target: Backend = registry.backend(backend) if isinstance(backend, str) else backend
-        notes = list(self._report.notes)
-        executable = target.lower(self.graph, self.graph.meta["example"], notes)
-        report = replace(self._report, backend=target.name, notes=notes, target=executable.report())
+        of_passes = self._report.notes[: len(self._report.notes) - self._report.lowering]
+        remarks: list[str] = []
+        executable = target.lower(self.graph, self.graph.meta["example"], remarks)
+        notes = [*of_passes, *remarks]
+        report = replace(self._report, backend=target.name, notes=notes, target=executable.report(), lowering=len(remarks))
         recipe = self._recipe and self._recipe.model_copy(update={"backend": call_text(target.name, target)})
         return Compiled(executable, self.signature, target.name, self.graph, report, recipe, self._tokenizer)
 

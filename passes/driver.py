@@ -83,7 +83,8 @@ def compile(
     before = View.of(gm, ctx)
     trace = steps.execute(gm, ctx)
     ctx.progress.say(f"lowering to {target.name}")
-    executable = target.lower(gm, gm.meta["example"], ctx.notes)
+    remarks: list[str] = []
+    executable = target.lower(gm, gm.meta["example"], remarks)
     after = View.of(gm, ctx)
     report = Report(
         model=type(model).__name__,
@@ -92,7 +93,7 @@ def compile(
         trace=trace,
         coverage=coverage(gm, ctx.skipped),
         skipped=left_out(gm, ctx.skipped),
-        notes=ctx.notes,
+        notes=[*ctx.notes, *remarks],
         tables=ctx.tables,
         layers=layer_rows(gm, after),
         reads=read_rows(gm, before, after),
@@ -101,6 +102,7 @@ def compile(
         seconds=time.perf_counter() - started,
         peak_bytes=_peak_bytes(),
         target=executable.report(),
+        lowering=len(remarks),
     )
     made = Recipe(
         pipeline=str(steps), backend=call_text(target.name, target), seed=seed, versions=versions(), weights=marks[0], calibration=marks[1]

@@ -94,6 +94,7 @@ class Report:
     parts: list[dict[str, Any]] = field(default_factory=list)
     target: dict[str, Any] = field(default_factory=dict)
     measures: dict[str, dict[str, float]] = field(default_factory=dict)
+    lowering: int = 0  # how many of the notes, the last ones, are the backend's
 
     @property
     def predicted(self) -> float | None:

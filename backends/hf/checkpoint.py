@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from backends.hf.cache import RoundedCache, rounded_cache
 from backends.hf.model import allowed, difference, filled, linear_names
 from backends.hf.norms import norm_vectors
 from backends.hf.quantized import Rounded, remarks, rounded_linears
@@ -34,13 +35,22 @@ class Checkpoint:
         model: the model.
         changed: what its configuration states otherwise than before.
         shard: the greatest size of a file of weights.
+        cache: how the graph rounds keys and values; None if it does not.
     """
 
-    def __init__(self, gm: GraphModule, model: transformers.PreTrainedModel, changed: Mapping[str, Any], shard: str = "5GB") -> None:
-        self.gm, self.model, self.changed, self.shard = gm, model, dict(changed), shard
+    def __init__(
+        self,
+        gm: GraphModule,
+        model: transformers.PreTrainedModel,
+        changed: Mapping[str, Any],
+        shard: str = "5GB",
+        cache: RoundedCache | None = None,
+    ) -> None:
+        self.gm, self.model, self.changed, self.shard, self.cache = gm, model, dict(changed), shard, cache
         self.linears = {name: module for name, module in model.named_modules() if isinstance(module, Rounded)}
         schemes = {name: linear.scheme for name, linear in self.linears.items()}
-        self.quantization = Quantization.of(schemes, linear_names(model)).to_json() if schemes else None
+        stated = Quantization.of(schemes, linear_names(model), None if cache is None else cache.arguments)
+        self.quantization = stated.to_json() if schemes or cache else None
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -53,6 +63,7 @@ class Checkpoint:
         state = self.model.state_dict()
         for name, linear in self.linears.items():
             state |= {f"{name}.{part}": tensor for part, tensor in linear.tensors()}
+        state |= dict(self.cache.tensors() if self.cache else ())
         if self.quantization is not None:
             self.model.config.quantization_config = self.quantization
         self.model.save_pretrained(directory, state_dict=state, max_shard_size=self.shard)
@@ -75,22 +86,25 @@ def lower(gm: GraphModule, notes: list[str], shard: str = "5GB") -> Checkpoint:
     floats = {name: tensor for name, tensor in _stored(gm).items() if name in known}  # tables follow from the configuration
     floats |= {name: tensor for name, tensor in norm_vectors(gm, original, floats).items() if name in known}
     dtype = next(iter(floats.values())).dtype
-    rounded = rounded_linears(gm, dtype)
+    rounded, cache = rounded_linears(gm, dtype), rounded_cache(gm, original, dtype)
     wanted = sizes(floats) | {f"{name}.weight": tuple(linear.codes.shape) for name, linear in rounded.items()}
     left = _left(known, wanted)
     state = {_renumbered(name, left): tensor for name, tensor in floats.items()}
     linears = {_renumbered(name, left): linear for name, linear in rounded.items()}
+    cache = cache and cache.renamed(lambda path: _renumbered(path, left))
     asked = copy.deepcopy(config)
     asked.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False)) and _still_tied(original, floats, rounded)
     failure = "no configuration of the class has its shapes"
     for fitted in fitting(asked, architecture, {_renumbered(name, left): shape for name, shape in wanted.items()}, left):
         model = filled(fitted, architecture, state, linears, dtype, gm.meta.get("generation"))
+        if cache:
+            cache.attach(model)
         found = difference(gm, model)
-        if found < allowed(dtype, linears):
+        if found < allowed(dtype, linears, cache):
             changed = _new(config, fitted)
             notes.append(f"hf: {architecture} with {changed or 'its own configuration'}; its logits differ by {found:.1e}")
-            notes += remarks(linears)
-            return Checkpoint(gm, model, changed, shard)
+            notes += remarks(linears) + (cache.remarks() if cache else [])
+            return Checkpoint(gm, model, changed, shard, cache)
         failure = f"with its shapes the class gives other logits (relative difference {found:.1e})"
     missing = set() if left else {name for name, names in tied(original).items() if names.isdisjoint(wanted)}
     raise _refusal(architecture, failure, missing, _surplus(gm, known))
@@ -107,21 +121,27 @@ def load(directory: Path) -> Checkpoint:
         architecture = (config.architectures or [""])[0]
         stated = getattr(config, "quantization_config", None)
         if stated is None:
-            model = getattr(transformers, architecture).from_pretrained(directory).eval()
+            model, cache = getattr(transformers, architecture).from_pretrained(directory).eval(), None
         else:
-            model = _compressed(directory, config, architecture, Quantization.model_validate(stated))
+            model, cache = _compressed(directory, config, architecture, Quantization.model_validate(stated))
     except (AttributeError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise DataError(f"not a folder with a model of transformers: {error}", where=str(directory)) from error
-    return Checkpoint(capture(model), model, {})
+    gm = capture(model)
+    if cache is not None:
+        cache.recode(gm)
+    return Checkpoint(gm, model, {}, cache=cache)
 
 
-def _compressed(directory: Path, config: Any, architecture: str, stated: Quantization) -> transformers.PreTrainedModel:
-    """The model of a compressed checkpoint that `Checkpoint.save` wrote."""
+def _compressed(
+    directory: Path, config: Any, architecture: str, stated: Quantization
+) -> tuple[transformers.PreTrainedModel, RoundedCache | None]:
+    """The model of a compressed checkpoint that `Checkpoint.save` wrote, and its cache if that is rounded."""
     del config.quantization_config
     state: State = {}
     for file in sorted(directory.glob("*.safetensors")):
         state |= load_file(file)
     described = empty(config, architecture)
+    cache = RoundedCache.read(stated.kv_cache_scheme, described, state) if stated.kv_cache_scheme else None
     parts: dict[str, State] = {}
     for key, tensor in state.items():
         name, _, part = key.rpartition(".")
@@ -137,7 +157,7 @@ def _compressed(directory: Path, config: Any, architecture: str, stated: Quantiz
     generation = None
     if (directory / "generation_config.json").is_file():
         generation = transformers.GenerationConfig.from_pretrained(directory)
-    return filled(config, architecture, state, linears, config.dtype, generation)
+    return filled(config, architecture, state, linears, config.dtype, generation), cache
 
 
 def _new(config: Any, fitted: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers.initialization import no_init_weights
 
+from backends.hf.cache import RoundedCache
 from backends.hf.quantized import Rounded
 from ir.signature import CACHE, Signature
 from passes.probe import relative_error
@@ -40,9 +41,10 @@ def linear_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Rounded)]
 
 
-def allowed(dtype: torch.dtype, linears: Mapping[str, Rounded]) -> float:
+def allowed(dtype: torch.dtype, linears: Mapping[str, Rounded], cache: RoundedCache | None) -> float:
     """The difference up to which logits count as equal."""
-    least = min((given.num_bits for linear in linears.values() if (given := linear.scheme.input_activations)), default=0)
+    given = [linear.scheme.input_activations for linear in linears.values()] + ([] if cache is None else [cache.arguments])
+    least = min((rounded.num_bits for rounded in given if rounded), default=0)
     rounded = next(bound for bits, bound in CLOSE_ROUNDED if least >= bits) if least else 0.0
     return max(CLOSE.get(dtype, 1e-4), rounded)
 

@@ -4,6 +4,7 @@
     int-quantized    integers of 2 to 8 bits, one to a byte; inputs rounded too
     float-quantized  8-bit floats
     mixed-precision  several of these: each group of layers states its own
+    dense            no rounded weights, only a rounded cache
 
 Packed weights of other widths are kept in the next wider one, without zero points: `q − z` fits there. So they load everywhere, while
 releases of compressed-tensors disagree on how 3, 5, 6 and 7 bits are packed (from 0.18 on words share codes).
@@ -18,14 +19,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from ir.encoding import Encoding, Float, Int
 from ir.packing import container
 
-PACKED, INTEGER, FLOATING, MIXED = "pack-quantized", "int-quantized", "float-quantized", "mixed-precision"
+PACKED, INTEGER, FLOATING, MIXED, DENSE = "pack-quantized", "int-quantized", "float-quantized", "mixed-precision", "dense"
 LEAST_BITS = 2  # the codes of one bit, −1 and 1, take two
-Strategy = Literal["tensor", "channel", "group", "token"]
+Strategy = Literal["tensor", "channel", "group", "token", "attn_head"]
 ACTIVATIONS: dict[tuple[tuple[int, ...], bool], Strategy] = {  # by block and dynamic
     ((1, -1), True): "token",
     ((-1,), True): "tensor",
     ((-1,), False): "tensor",
 }
+CACHES: dict[tuple[int, ...], Strategy] = {(-1,): "tensor", (-1, 1, -1, -1): "attn_head"}  # by block
+STATED = "what can be stated is quantize_cache(dynamic=False, symmetric=True), in any width, with tensor=True and floats=True or without"
 
 
 class Arguments(BaseModel):
@@ -55,9 +58,10 @@ class Arguments(BaseModel):
     @property
     def encoding(self) -> Encoding:
         """The encoding that these arguments mean."""
-        block = {"tensor": (-1,), "channel": (1, -1), "token": (1, -1), "group": (1, self.group_size or -1)}[self.strategy]
+        groups = (1, self.group_size or -1)
+        blocks = {"tensor": (-1,), "channel": (1, -1), "token": (1, -1), "group": groups, "attn_head": (-1, 1, -1, -1)}
         number = Int(self.num_bits) if self.type == "int" else Float(4, 3)
-        return Encoding(number, block, symmetric=self.symmetric, dynamic=self.dynamic)
+        return Encoding(number, blocks[self.strategy], symmetric=self.symmetric, dynamic=self.dynamic)
 
 
 class Scheme(BaseModel):
@@ -87,15 +91,16 @@ class Quantization(BaseModel):
     quantization_status: Literal["compressed"] = "compressed"
     config_groups: dict[str, Scheme]
     ignore: list[str] = Field(default_factory=list)
-    kv_cache_scheme: None = None
+    kv_cache_scheme: Arguments | None = None
 
     @classmethod
-    def of(cls, schemes: Mapping[str, Scheme], linears: Sequence[str]) -> "Quantization":
+    def of(cls, schemes: Mapping[str, Scheme], linears: Sequence[str], cache: Arguments | None = None) -> "Quantization":
         """One group for each scheme that occurs.
 
         Args:
             schemes: by the name of the module, without targets.
             linears: the names of all modules of the class `Linear`.
+            cache: how all keys and values are rounded; None if they are not.
         """
         groups: dict[str, list[str]] = {}
         for name, scheme in schemes.items():
@@ -105,9 +110,10 @@ class Quantization(BaseModel):
             stated = [stated[0].model_copy(update={"targets": ("Linear",)})]
         formats = {scheme.format for scheme in stated}
         return cls(
-            format=formats.pop() if len(formats) == 1 else MIXED,
+            format=formats.pop() if len(formats) == 1 else MIXED if formats else DENSE,
             config_groups={f"group_{index}": scheme for index, scheme in enumerate(stated)},
             ignore=[name for name in linears if name not in schemes],
+            kv_cache_scheme=cache,
         )
 
     def schemes(self, linears: Sequence[str]) -> dict[str, Scheme]:
@@ -140,15 +146,34 @@ def refusal(operator: str, encodings: Mapping[str, Encoding], shape: Sequence[in
 
     Args:
         operator: `Linear`, `Embedding`, or `Cache` for a cache of keys or values.
-        encodings: by operand: `weight`, `input`.
-        shape: of the weight, [N, K].
+        encodings: by operand: `weight`, `input`; of a cache `key` and `value`.
+        shape: of the weight, [N, K]; of a cache, heads and their width.
     """
+    if operator == "Cache":
+        return _cache_refusal(encodings)
+    if operator == "Embedding":
+        return "transformers loads no packed embedding, and this backend writes no quantized embedding; leave out embeddings=True"
     if operator != "Linear":
         return f"compressed checkpoints have quantized linears only, no quantized {operator.lower()}"
     weight, given = encodings.get("weight"), encodings.get("input")
     if weight is None:
         return "a linear with a rounded input has a rounded weight too in compressed checkpoints"
     return _weight_refusal(weight, shape) or (None if given is None else _input_refusal(weight, given))
+
+
+def _cache_refusal(encodings: Mapping[str, Encoding]) -> str | None:
+    if set(encodings) != {"key", "value"} or len(set(encodings.values())) > 1:
+        return f"compressed checkpoints round all keys and values alike, or none; {STATED}"
+    encoding = encodings["key"]
+    if encoding.dynamic:
+        return f"compressed checkpoints cannot state that scales of a cache are chosen at run time and kept in float16; {STATED}"
+    if not encoding.symmetric:
+        return f"compressed-tensors refuses zero points of a cache; {STATED}"
+    if encoding.format == Float(5, 2):
+        return f"compressed checkpoints know one 8-bit float, f8e4m3; {STATED}"
+    if encoding.block not in CACHES:
+        return f"scales of a cache are of a whole layer or of heads in compressed checkpoints, not {encoding}; {STATED}"
+    return None
 
 
 def _weight_refusal(weight: Encoding, shape: Sequence[int]) -> str | None:

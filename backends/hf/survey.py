@@ -6,6 +6,7 @@ import transformers
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from backends.hf.cache import rounded_cache
 from backends.hf.schema import Scheme, refusal
 from backends.hf.shapes import empty
 from ir import edit
@@ -31,13 +32,14 @@ def survey(gm: GraphModule) -> None:
     online = next(iter(find(gm, HADAMARD)), None)
     if online is not None:
         raise BackendError(
-            "the graph rotates activations at run time, which no class of transformers does",
+            "the graph rotates activations at run time, which no class of transformers does; it leaves out a transform_config that would "
+            "state the rotation, so that the folder would compute something else",
             where=edit.module_path(online) or WHERE,
             remedy="rotate offline only, rotate_channels(where=['R1', 'R2']); or use backend='onnx'",
         )
-    if gm.meta["signature"].coded:
-        raise CoverageError("checkpoints cannot state a quantized cache", where=WHERE, remedy="leave out quantize_cache, cache=16")
-    modules = dict(empty(config, architecture).named_modules())
+    model = empty(config, architecture)
+    rounded_cache(gm, model)
+    modules = dict(model.named_modules())
     marked = dict(_encodings(gm))
     for layer, encodings in marked.items():
         _check_layer(layer, encodings, modules)

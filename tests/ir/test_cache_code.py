@@ -9,7 +9,7 @@ from ir.encoding import Encoding
 from ir.numerics import QParams
 from ir.verify import verify
 
-TEXTS = ["i8[1,-1]dynamic", "u8[1,-1]dynamic", "u4[1,-1]dynamic", "i2[1,-1]dynamic", "u3[1,4]dynamic"]
+TEXTS = ["i8[1,-1]dynamic", "u8[1,-1]dynamic", "u4[1,-1]dynamic", "i2[1,-1]dynamic", "u3[1,4]dynamic", "f8e4m3[1,-1]dynamic"]
 
 
 def keys(tokens=5):
@@ -49,6 +49,10 @@ def test_scales_stay_finite_in_half_precision(value):
     x = torch.full((1, 1, 2, 16), value)
     found = code.decode(code.encode(x, compute), torch.float32, compute)
     torch.testing.assert_close(found, x, rtol=1e-3, atol=1e-4)
+
+
+def test_floats_are_kept_as_bytes():
+    assert CacheCode(Encoding.parse("f8e4m3[-1]"), torch.ones(1, 1, 1, 1)).encode(keys(), compute)[""].dtype == torch.uint8
 
 
 def test_a_wide_code_can_fill_a_byte():

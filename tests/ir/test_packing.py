@@ -26,5 +26,13 @@ def test_planes_lie_in_the_bits_of_a_byte(text, packed):
     assert pack(torch.tensor(codes, dtype=storage_dtype(encoding)), encoding).tolist() == packed
 
 
+@pytest.mark.parametrize("text", ["f8e4m3[-1]", "f8e5m2[-1]"])
+def test_floats_are_kept_as_their_bits(text):
+    encoding, codes = Encoding.parse(text), torch.arange(256).to(torch.uint8)
+    floats = unpack(codes, encoding)
+    assert floats.dtype == storage_dtype(encoding)
+    assert torch.equal(pack(floats, encoding), codes)
+
+
 def test_widths_that_do_not_divide_a_byte_go_into_the_next_that_does():
     assert [container(Encoding(Int(bits), (1,))) for bits in range(2, 9)] == [2, 4, 4, 8, 8, 8, 8]

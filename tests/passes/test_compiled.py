@@ -1,4 +1,5 @@
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import passes
+from backends.reference import Reference
 from ir.errors import DataError, FxpressError, OptionError
 from passes.compiled import MANIFEST
 from passes.measure import greedy
@@ -51,6 +53,28 @@ def test_every_kind_of_graph_is_reloaded(tmp_path, pipeline):
     made = compiled("llama_tied", pipeline)
     loaded = passes.load(made.save(tmp_path / "out"))
     assert torch.equal(made(tokens(3, 5)).logits, loaded(tokens(3, 5)).logits)
+
+
+@dataclass(frozen=True)
+class Remarking(Reference):
+    """A backend that says something."""
+
+    said: str = "one"
+
+    def lower(self, gm, probe, notes):
+        notes.append(self.said)
+        return super().lower(gm, probe, notes)
+
+
+def test_every_lowering_has_its_own_notes():
+    made = passes.compile(load("llama").captured, "canonicalize", backend=Remarking())
+    other = made.lowered(Remarking("two"))
+    (of_pass,) = made.report().notes[:-1]
+    assert [list(found.report().notes) for found in (made, other, other.lowered("reference"))] == [
+        [of_pass, "one"],
+        [of_pass, "two"],
+        [of_pass],
+    ]
 
 
 def test_the_folder_holds_recipe_and_report(saved):

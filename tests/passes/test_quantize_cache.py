@@ -160,6 +160,17 @@ def test_static_scales_are_those_of_the_heads_extremes():
     torch.testing.assert_close(scale.flatten(), greatest / 127.5)
 
 
+def test_eight_bit_floats_with_one_scale_for_a_layer():
+    gm, _, error = quantized("llama", "quantize_cache(dynamic=False, tensor=True, floats=True)")
+    assert 0 < error < 0.05
+    assert layer(gm, "key", "value") == [("uint8", 2, 16)] * 2
+    assert gm.meta["signature"].token_bytes == LAYERS * 2 * 2 * 16
+    plain = load("llama").captured
+    caches = [load("llama").signature.wrap(plain(*batch)).past_key_values for batch in context(plain, CALIBRATION).calibration]
+    greatest = max(cache.layers[0].keys.abs().max() for cache in caches)
+    torch.testing.assert_close(edit.attribute(gm, find(gm, DEQUANTIZE)[0].args[1]).flatten(), (greatest / 448).reshape(1))
+
+
 def test_channels_of_keys_have_static_scales():
     gm, _, _ = quantized("gpt2", "quantize_cache(bits=4, channels=True)")
     key, value = find(gm, DEQUANTIZE)[:2]
@@ -342,3 +353,17 @@ def test_presets_append_it():
     for name in ("w8a8", "w4a16"):
         assert passes.Pipeline.parse(f"{name}(cache=4)").passes[-1] == QuantizeCache(4)
         assert QuantizeCache not in {type(step) for step in passes.Pipeline.parse(name)}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tensor": True}, "is static"),
+        ({"tensor": True, "dynamic": False, "channels": True}, "not per channel"),
+        ({"floats": True, "bits": 4}, "floats have 8 bits"),
+        ({"floats": True, "widths": (4, 8)}, "floats have 8 bits"),
+    ],
+)
+def test_scales_of_layers_are_static_and_floats_have_eight_bits(options, said):
+    with pytest.raises(OptionError, match=said):
+        QuantizeCache(**options)

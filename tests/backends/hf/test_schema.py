@@ -31,13 +31,32 @@ def scheme(weight, given=None, shape=(64, 96)):
         ("Linear", "i8[1,-1]", "i1[1,-1]dynamic", "two bits"),
         ("Linear", None, TOKEN, "a rounded weight too"),
         ("Embedding", "i8[1,-1]", None, "no quantized embedding"),
-        ("Cache", "i8[1,-1]", None, "no quantized cache"),
     ],
 )
 def test_what_has_a_place_in_a_checkpoint(operator, weight, given, said):
     named = {"weight": weight, "input": given}
     found = refusal(operator, {name: Encoding.parse(text) for name, text in named.items() if text is not None}, (64, 96))
     assert found is None if said is None else said in found
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("f8e4m3[-1]", "f8e4m3[-1]", None),
+        ("i8[-1]", "i8[-1]", None),
+        ("i4[-1,1,-1,-1]", "i4[-1,1,-1,-1]", None),
+        ("i8[-1]", "i4[-1]", "alike"),
+        ("i8[-1]", None, "alike"),
+        ("i8[1,-1]dynamic", "i8[1,-1]dynamic", "at run time"),
+        ("u8[-1]", "u8[-1]", "zero points"),
+        ("f8e5m2[-1]", "f8e5m2[-1]", "one 8-bit float"),
+        ("i8[-1,1,-1,1]", "i8[-1,1,-1,1]", "of a whole layer or of heads"),
+    ],
+)
+def test_what_can_be_stated_of_a_cache(key, value, said):
+    named = {"key": key, "value": value}
+    found = refusal("Cache", {name: Encoding.parse(text) for name, text in named.items() if text is not None}, (2, 16))
+    assert found is None if said is None else (said in found and "quantize_cache(dynamic=False, symmetric=True)" in found)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tests.passes.samples import CALIBRATION, tokens
 
 TEXTS = [
     *(f"{letter}{bits}[1,-1]dynamic" for letter in "iu" for bits in (8, 7, 4, 3, 2)),
-    *("u4[1,8]dynamic", "i2[1,16]dynamic", "u8[-1,1,-1,-1]", "i4[-1,1,-1,-1]", "u2[-1,1,-1,1]"),
+    *("u4[1,8]dynamic", "i2[1,16]dynamic", "u8[-1,1,-1,-1]", "i8[-1]", "i4[-1,1,-1,-1]", "u2[-1,1,-1,1]"),
 ]
 
 

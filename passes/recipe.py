@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pydantic
 import torch
@@ -12,8 +13,20 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ir.errors import DataError, OptionError
+from ir.files import read_text
 
+LONGEST = 1 << 20  # bytes of a recipe
 PACKAGES = ("fxpress", "torch", "transformers", "onnx", "onnxruntime-gpu", "onnxruntime")
+
+
+class _Plain(yaml.SafeLoader):
+    """Plain data without aliases, of which a few lines make gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("a recipe has no aliases")
+        node: yaml.Node | None = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        return node
 
 
 class Recipe(pydantic.BaseModel):
@@ -40,9 +53,12 @@ class Recipe(pydantic.BaseModel):
             OptionError: not a recipe.
         """
         try:
-            return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (OSError, yaml.YAMLError, pydantic.ValidationError, UnicodeDecodeError) as error:
-            raise OptionError(f"not a recipe: {str(error).splitlines()[0]}", where=str(path)) from error
+            return cls.model_validate(yaml.load(read_text(path, LONGEST), _Plain))
+        except DataError as error:
+            raise OptionError(f"not a recipe: {error.what}", where=str(path)) from error
+        # Beside its own errors, the parser raises Python's for values that are not what their tags say, and for depth.
+        except (yaml.YAMLError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            raise OptionError(f"not a recipe: {(str(error).splitlines() or [type(error).__name__])[0]}", where=str(path)) from error
 
     def check(self, weights: str, calibration: str) -> None:
         """Refuse to replay on other weights or other calibration data.

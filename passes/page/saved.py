@@ -1,12 +1,12 @@
 """What `report.json` says, checked as it is read: it may come from anywhere."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from ir.errors import DataError
+from ir.files import inside, read_json
 from ir.sites import Mark
 
 FILE = "report.json"
@@ -102,7 +102,9 @@ def read(folder: Path) -> Saved:
     """
     path = folder / FILE
     try:
-        return Saved.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
+        return Saved.model_validate(read_json(inside(folder, FILE)))
+    except DataError as error:
+        raise DataError(f"not a report: {error.what}", where=str(path), remedy="name a folder that `fxpress compile` wrote") from error
+    except (ArithmeticError, ValueError, RecursionError) as error:
         problem = f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}" if isinstance(error, ValidationError) else str(error)
         raise DataError(f"not a report: {problem}", where=str(path), remedy="name a folder that `fxpress compile` wrote") from error

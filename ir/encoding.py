@@ -86,7 +86,9 @@ class Encoding:
         """
         match = _TEXT.fullmatch(text)
         if match is None:
-            raise OptionError(f"{text[:200]!r} is not an encoding", remedy="write for example i8[1,-1], u4[1,64], f8e4m3[-1] or i8[1,-1]dynamic")
+            raise OptionError(
+                f"{text[:200]!r} is not an encoding", remedy="write for example i8[1,-1], u4[1,64], f8e4m3[-1] or i8[1,-1]dynamic"
+            )
         letter, bits, exponent, mantissa, block, dynamic, clip = match.groups()
         number = Int(int(bits)) if letter else Float(int(exponent), int(mantissa))
         return cls(number, tuple(map(int, block.split(","))), symmetric=letter != "u", dynamic=bool(dynamic), clip=float(clip or 1))

@@ -24,7 +24,10 @@ NAME = re.compile(r"[^\"'\\\s]+")  # fx writes names into source code, between q
 TORCH_VALUES = (torch.dtype, torch.layout, torch.memory_format)
 CONSTANTS = {name: value for name, value in vars(torch).items() if isinstance(value, TORCH_VALUES)}
 # What reading a damaged file raises: from Python, from the code that fx generates and compiles, and from torch.
-DAMAGE = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, SafetensorError)
+DAMAGE = (
+    *(ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError),
+    SafetensorError,
+)
 
 
 def save_graph(gm: GraphModule, directory: Path) -> None:

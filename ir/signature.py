@@ -18,7 +18,6 @@ from ir.errors import DataError
 
 CACHE, PRESENT = "past_key_values", "present"  # inputs `past_key_values.0.key`, outputs `present.0.key`
 CACHE_PARTS = ("key", "value")
-LARGEST = 1 << 24  # elements of a cache that is made up for a row: it is empty but for axes of fixed length
 TOKENS = 2  # the axis of a cache [batch, heads, tokens, width] that grows
 
 
@@ -131,7 +130,7 @@ class Signature:
         layers = self.cache_of(outputs)
         if layers:
             fields[CACHE] = _cache(layers)
-        return _wrapper(self.output_class)(**fields)
+        return output_class(self.output_class)(**fields)
 
     def cache_of(self, outputs: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """The cache among flat outputs: the parts of each layer by name, as the next call takes them."""
@@ -148,43 +147,16 @@ class Signature:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Signature":
-        """The signature that `to_json` wrote, or somebody else.
-
-        Raises:
-            DataError: ports without a dtype or of sizes that are none, or names that do not go together.
-        """
+        """The signature that `to_json` wrote; `ir.stated` reads those of others."""
         ports = {key: tuple(Port(str(p["name"]), str(p["dtype"]), tuple(p["shape"])) for p in data[key]) for key in ("inputs", "outputs")}
-        read = cls(**ports, output_class=str(data["output_class"]), positional=tuple(map(str, data["positional"])))
-        for port in (*read.inputs, *read.outputs):
-            sizes = [0 if size is None else size for size in port.shape]
-            cache = math.prod(sizes[1:]) if port.cached else 0  # what a call makes up for every row
-            if any(type(size) is not int or size < 0 for size in sizes) or cache > LARGEST or port.torch_dtype.itemsize == 0:
-                raise DataError(f"sizes {list(port.shape)} are none of a signature", where=port.name)
-            if port.cached and (port.name.count(".") != 2 or len(sizes) <= TOKENS):
-                raise DataError("this is no part of a cache", where=port.name)
-        for side in (read.inputs, read.outputs):
-            if not side or len({port.name for port in side}) < len(side):
-                raise DataError("a signature names every input and every output once")
-        if not read._fields <= _fields_of(read.output_class, read._fields) or not set(read.positional) <= set(read.names):
-            raise DataError(f"{read.output_class!r} or {list(read.positional)} does not fit the names of a signature")
-        return read
-
-    @property
-    def _fields(self) -> set[str]:
-        """The names of what a call returns."""
-        return {CACHE if port.cached else port.name for port in self.outputs if port.cached or "." not in port.name}
+        return cls(**ports, output_class=str(data["output_class"]), positional=tuple(map(str, data["positional"])))
 
 
-def _wrapper(name: str) -> Any:
+def output_class(name: str) -> Any:
     """The class of outputs called `name`; the base of all, where transformers has none."""
     found = getattr(transformers.modeling_outputs, name, None)
     known = isinstance(found, type) and issubclass(found, transformers.utils.ModelOutput)
     return found if known else transformers.utils.ModelOutput
-
-
-def _fields_of(name: str, otherwise: set[str]) -> set[str]:
-    """The fields of a class of outputs; `otherwise` if it takes any."""
-    return set(getattr(_wrapper(name), "__dataclass_fields__", None) or otherwise)
 
 
 def _cache(layers: list[dict[str, Tensor]]) -> Any:

@@ -54,6 +54,7 @@ class Budgeted(Pass):
     measure: int = 0
     corrections: int = 0
     seed: int = 0
+    files: ClassVar[tuple[str, ...]] = ("file", "latencies")
 
     def __post_init__(self) -> None:
         where = self.name()

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from ir.errors import DataError, OptionError
 from ir.files import inside, read_json
 from ir.signature import Signature
+from ir.stated import signature_of
 from passes import page, registry
 from passes.backend import Backend, Executable
 from passes.base import Record
@@ -191,7 +192,7 @@ def load(directory: str | Path) -> Compiled:
         manifest = read_json(inside(directory, MANIFEST))
         if manifest["format"] != FORMAT:
             raise DataError(f"the folder has format {manifest['format']}, this version reads {FORMAT}", where=str(directory))
-        backend, signature = str(manifest["backend"]), Signature.from_json(manifest["signature"])
+        backend, signature = str(manifest["backend"]), signature_of(manifest["signature"])
         if not backend.isidentifier():  # options are the caller's, not the folder's
             raise DataError(f"{backend!r} is not the name of a backend", where=str(directory))
     except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:

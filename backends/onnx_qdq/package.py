@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as onir
 import onnxruntime
 import torch
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 from torch import Tensor
 
 from backends.onnx_qdq.genai import genai_config
@@ -19,6 +19,7 @@ from backends.onnx_qdq.session import known_entries, open_session, run_flat
 from ir.errors import DataError
 from ir.files import inside
 from ir.signature import Signature
+from ir.stated import signature_of
 
 MODEL, WEIGHTS, GENAI = "model.onnx", "model.onnx.data", "genai_config.json"
 PROPERTY = "fxpress"  # the model's metadata entry that holds signature, session settings and report
@@ -58,10 +59,7 @@ class OnnxExecutable:
         folder: "tempfile.TemporaryDirectory[str] | None" = None,
     ) -> None:
         self._path, self._session, self._properties, self._folder = path, session, properties, folder
-        try:
-            self.signature = Signature.from_json(properties["signature"])
-        except (LookupError, TypeError, ValueError) as error:
-            raise DataError(f"the model's signature is damaged: {error}", where=str(path)) from error
+        self.signature = signature_of(properties["signature"])
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Flat outputs in the order and the dtypes of the signature."""
@@ -154,7 +152,7 @@ def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
 def _files(tensor: onnx.TensorProto) -> Iterator[str]:
     """The names of the files that a tensor lies in."""
     if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
-        yield from (entry.value for entry in tensor.external_data if entry.key == "location") or [""]
+        yield from [entry.value for entry in tensor.external_data if entry.key == "location"] or [""]
 
 
 def properties_of(signature: Signature, entries: Mapping[str, str], config: Any) -> dict[str, Any]:

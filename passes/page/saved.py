@@ -11,6 +11,7 @@ from ir.sites import Mark
 
 FILE = "report.json"
 
+MOST = 1000  # passes: comparing them takes their square
 Rows = list[dict[str, Any]]
 
 
@@ -82,7 +83,7 @@ class Saved(BaseModel):
     seconds: float
     peak_bytes: int
     difference: float
-    passes: list[PassRow]
+    passes: list[PassRow] = Field(max_length=MOST)
     coverage: CoverageRow
     skipped: list[SkipRow] = []
     notes: list[str] = []

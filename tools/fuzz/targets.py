@@ -152,8 +152,7 @@ TABLES = {
     "costs": {"format": costs.FORMAT, "made": {"seed": 0}, "costs": ROWS},
     "latencies": {"format": "fxpress-latency-1", "backend": "onnx", "milliseconds": [[*KIND, 0.5]]},
 }
-RECIPE = (
-    "pipeline: untie, annotate(ignore=('a', 'b'))
+RECIPE = """pipeline: untie, annotate(ignore=('a', 'b'))
 backend: onnx
 seed: 3
 versions:
@@ -161,13 +160,15 @@ versions:
 weights: '01'
 calibration: none
 """
+PIPELINES = (
+    "untie, fold_norm, w4a16(group=32)",
+    "annotate(scheme='W4A16', ignore=('lm_head', 're:.*gate'))",
+    "mixed(bits=2.5, widths=(2, 3))",
 )
 
 TARGETS: dict[str, Target] = {
     "pipeline": Target(
-        _texts(
-            "untie, fold_norm, w4a16(group=32)", "annotate(scheme='W4A16', ignore=('lm_head', 're:.*gate'))", "mixed(bits=2.5, widths=(2, 3))"
-        ),
+        _texts(*PIPELINES),
         _pipeline,
     ),
     "encoding": Target(_texts("i4[1,128]", "u8[1,-1]dynamic*0.9", "f8e4m3[-1]", "i4[1,32]/i8[1,-1]dynamic"), _encoding),

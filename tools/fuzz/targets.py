@@ -88,7 +88,7 @@ def _saved(write: Callable[[Path], object]) -> Callable[[], list[Case]]:
 def _compiled() -> passes.Compiled:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4)).eval()
-    return passes.compile(model, "w4a16(group=16)", args=(torch.randn(2, 16),))
+    return passes.compile(model, "annotate(scheme='W4A16', group=16), round_weights(method='nearest')", args=(torch.randn(2, 16),))
 
 
 def _only(*names: str) -> Callable[[], list[Case]]:
@@ -97,7 +97,7 @@ def _only(*names: str) -> Callable[[], list[Case]]:
     return lambda: [{name: content for name, content in case.items() if name in names} for case in whole()]
 
 
-def _onnx(folder: Path) -> None:
+def write_onnx(folder: Path) -> None:
     folder.mkdir()
     port = Port("x", "float32", (None, 4))
     signature = Signature((port,), (Port("y", "float32", (None, 4)),), positional=("x",)).to_json()
@@ -115,7 +115,7 @@ def _onnx(folder: Path) -> None:
     (folder / "fxpress.json").write_text(json.dumps({"format": 1, "backend": "onnx", "signature": signature}))
 
 
-def _checkpoint(folder: Path) -> None:
+def write_llama(folder: Path) -> None:
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(folder)
     index = {"metadata": {"total_size": 1}, "weight_map": {"lm_head.weight": "model.safetensors"}}
@@ -174,8 +174,8 @@ TARGETS: dict[str, Target] = {
     "encoding": Target(_texts("i4[1,128]", "u8[1,-1]dynamic*0.9", "f8e4m3[-1]", "i4[1,32]/i8[1,-1]dynamic"), _encoding),
     "recipe": Target(lambda: [{"recipe.yaml": RECIPE.encode()}], lambda folder: Recipe.read(folder / "recipe.yaml")),
     "graph": Target(_only("fxpress.json", "graph.json", "weights.safetensors"), passes.load),
-    "onnx": Target(_saved(_onnx), passes.load),
-    "checkpoint": Target(_saved(_checkpoint), lambda folder: load_model(str(folder))),
+    "onnx": Target(_saved(write_onnx), passes.load),
+    "checkpoint": Target(_saved(write_llama), lambda folder: load_model(str(folder))),
     "tokenizer": Target(_saved(_tokenizer), load_tokenizer),
     "statistics": Target(_saved(_statistics), _read_statistics),
     "costs": Target(

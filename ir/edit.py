@@ -116,9 +116,9 @@ def _submodule(gm: GraphModule, path: str) -> torch.nn.Module:
     """The module at a dotted path, made on the way where it does not exist."""
     module: torch.nn.Module = gm
     for name in filter(None, path.split(".")):
-        if not hasattr(module, name):
+        if name not in module._modules:  # no other attribute: names may come from anybody
             module.add_module(name, torch.nn.Module())
-        module = getattr(module, name)
+        module = module.get_submodule(name)
     return module
 
 

@@ -34,7 +34,8 @@ class Float:
         return 1 + self.exponent + self.mantissa
 
 
-_TEXT = re.compile(r"(?:([iu])([1-8])|f8e([45])m([32]))\[(-?\d+(?:,-?\d+)*)\](dynamic(?:\*(0\.\d+))?)?")
+# Eight axes and sizes below 10¹⁰ are more than any tensor has: longer text may come from anybody, and is none of ours.
+_TEXT = re.compile(r"(?:([iu])([1-8])|f8e([45])m([32]))\[(-?[0-9]{1,10}(?:,-?[0-9]{1,10}){0,7})\](dynamic(?:\*(0\.[0-9]{1,20}))?)?")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,9 @@ class Encoding:
         """
         match = _TEXT.fullmatch(text)
         if match is None:
-            raise OptionError(f"{text!r} is not an encoding", remedy="write for example i8[1,-1], u4[1,64], f8e4m3[-1] or i8[1,-1]dynamic")
+            raise OptionError(
+                f"{text[:200]!r} is not an encoding", remedy="write for example i8[1,-1], u4[1,64], f8e4m3[-1] or i8[1,-1]dynamic"
+            )
         letter, bits, exponent, mantissa, block, dynamic, clip = match.groups()
         number = Int(int(bits)) if letter else Float(int(exponent), int(mantissa))
         return cls(number, tuple(map(int, block.split(","))), symmetric=letter != "u", dynamic=bool(dynamic), clip=float(clip or 1))

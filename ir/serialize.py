@@ -1,8 +1,6 @@
 """Graphs as plain data, and back: JSON for nodes, safetensors for tensors. Loading resolves names in closed lists and runs nothing."""
 
 import json
-import math
-import operator
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,23 +15,19 @@ from torch.fx import Graph, GraphModule, Node
 from ir import edit, numerics
 from ir.encoding import Encoding
 from ir.errors import DataError
+from ir.files import inside, read_json
 from ir.ops import DEQUANTIZE
+from ir.resolve import resolve
 
 GRAPH_FILE, WEIGHTS_FILE, FORMAT = "graph.json", "weights.safetensors", 1
-NAMESPACES = ("aten", "fxpress")
-# Arithmetic on sizes; nothing else of these modules: `operator.attrgetter` alone reaches every object of the interpreter.
-SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    f"{function.__module__}:{function.__name__}": function
-    for function in (
-        *(operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod, operator.pow, operator.neg),
-        *(operator.pos, operator.abs, operator.and_, operator.or_, operator.not_, operator.getitem),
-        *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge),
-        *(math.ceil, math.floor, math.trunc),
-        *(torch.sym_int, torch.sym_float, torch.sym_not, torch.sym_max, torch.sym_min, torch.sym_ite, torch.sym_sum),
-    )
-}
 NAME = re.compile(r"[^\"'\\\s]+")  # fx writes names into source code, between quotes where they are no identifiers
 TORCH_VALUES = (torch.dtype, torch.layout, torch.memory_format)
+CONSTANTS = {name: value for name, value in vars(torch).items() if isinstance(value, TORCH_VALUES)}
+# What reading a damaged file raises: from Python, from the code that fx generates and compiles, and from torch.
+DAMAGE = (
+    *(ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError),
+    SafetensorError,
+)
 
 
 def save_graph(gm: GraphModule, directory: Path) -> None:
@@ -65,27 +59,43 @@ def load_graph(directory: Path) -> GraphModule:
         DataError: damaged files, or operators that are not in the closed lists.
     """
     try:
-        data = json.loads((directory / GRAPH_FILE).read_text(encoding="utf-8"))
+        data = read_json(inside(directory, GRAPH_FILE))
         gm = GraphModule(torch.nn.Module(), Graph())
-        with safe_open(directory / WEIGHTS_FILE, framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 (not a mapping)
-                tensor = stored.get_tensor(name).clone()  # aligned as torch aligns memory, which decides the last bit of products
-                if name in data["packed"]:
-                    text, shape = data["packed"][name]
-                    tensor = numerics.unpack(tensor, Encoding.parse(text), shape[-1])
-                edit.store(gm, name, tensor)
+        known = _store_weights(gm, inside(directory, WEIGHTS_FILE), data["packed"])
         for name, owner in data["shared"].items():
+            if owner not in known:
+                raise DataError(f"{name} shares {owner!r}, which is not stored", where=str(directory))
             edit.store(gm, name, _tensor(gm, owner))
+        known |= data["shared"].keys()
         made: dict[str, Node] = {}
         if [entry["op"] for entry in data["nodes"]].index("output") != len(data["nodes"]) - 1:
             raise DataError("a graph ends in its output", where=str(directory))
         for entry in data["nodes"]:
-            made[entry["name"]] = _read_node(gm.graph, entry, made)
+            made[entry["name"]] = _read_node(gm.graph, entry, made, known)
         gm.graph.lint()
         gm.recompile()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, SafetensorError) as error:
+    except DAMAGE as error:
         raise DataError(f"a damaged graph: {error}", where=str(directory)) from error
     return gm
+
+
+def _store_weights(gm: GraphModule, path: Path, packed: dict[str, Any]) -> set[str]:
+    """Put the tensors of a file into a module, codes unpacked; returns their names."""
+    with safe_open(path, framework="pt") as stored:
+        names = set(stored.keys())
+        for name in names:
+            tensor = stored.get_tensor(name).clone()  # aligned as torch aligns memory, which decides the last bit of products
+            edit.store(gm, name, _unpacked(name, tensor, *packed[name]) if name in packed else tensor)
+    return names
+
+
+def _unpacked(name: str, tensor: Tensor, text: str, shape: list[int]) -> Tensor:
+    """Codes from bytes, of which there must be as many as encoding and shape say: a stated shape alone takes no memory."""
+    encoding = Encoding.parse(text)
+    taken = (*shape[:-1], -(-shape[-1] * encoding.bits // 8))
+    if tensor.dtype != torch.uint8 or tuple(tensor.shape) != taken or encoding.bits >= 8:
+        raise DataError(f"{name} has {tensor.dtype} {list(tensor.shape)} for codes {encoding} of the shape {shape}")
+    return numerics.unpack(tensor, encoding, shape[-1])
 
 
 def _tensor(gm: GraphModule, name: str) -> Tensor:
@@ -114,7 +124,7 @@ def _node(node: Node) -> dict[str, Any]:
 
 def _name(target: Callable[..., Any]) -> str:
     name = str(target) if isinstance(target, torch._ops.OpOverload) else f"{target.__module__}:{target.__name__}"
-    _resolve(name)  # refuse now what could not be loaded
+    resolve(name)  # refuse now what could not be loaded
     return name
 
 
@@ -151,34 +161,20 @@ def _value(data: Any, made: dict[str, Node]) -> Any:
         return {key: _value(item, made) for key, item in content.items()}
     if tag == "device":
         return torch.device(content)
-    constant = getattr(torch, content)
-    if tag != "torch" or not isinstance(constant, TORCH_VALUES):
+    if tag != "torch" or content not in CONSTANTS:
         raise DataError(f"{content!r} is not a constant of torch")
-    return constant
+    return CONSTANTS[content]
 
 
-def _read_node(graph: Graph, entry: dict[str, Any], made: dict[str, Node]) -> Node:
+def _read_node(graph: Graph, entry: dict[str, Any], made: dict[str, Node], known: set[str]) -> Node:
     kind, target, kwargs = entry["op"], entry["target"], _value(entry["kwargs"], made)
     if kind not in {"placeholder", "get_attr", "call_function", "output"}:
         raise DataError(f"{kind!r} is not a kind of node")
     if not (NAME.fullmatch(target) if kind == "get_attr" else kind == "call_function" or target.isidentifier()):
         raise DataError(f"{target!r} is not a name")
+    if kind == "get_attr" and target not in known:  # a path may lead to any object of the interpreter
+        raise DataError(f"{target!r} is not a stored tensor")
     if not all(key.isidentifier() for key in kwargs):
         raise DataError(f"operands {list(kwargs)} are not names")
-    resolved = _resolve(target) if kind == "call_function" else target
+    resolved = resolve(target) if kind == "call_function" else target
     return graph.create_node(kind, resolved, _value(entry["args"], made), kwargs, entry["name"])
-
-
-def _resolve(name: str) -> Callable[..., Any]:
-    """The operator called `name`, from the namespaces and functions that graphs may use.
-
-    Raises:
-        DataError: any other; one that changes its operands, or reads or writes files.
-    """
-    if name in SIZE_FUNCTIONS:
-        return SIZE_FUNCTIONS[name]
-    namespace, operation, overload = name.split(".") if name.count(".") == 2 else ("", "", "")
-    found = getattr(getattr(getattr(torch.ops, namespace), operation), overload) if namespace in NAMESPACES else None
-    if not isinstance(found, torch._ops.OpOverload) or found._schema.is_mutable or "filename" in {a.name for a in found._schema.arguments}:
-        raise DataError(f"{name!r} is not an operator of graphs")
-    return found

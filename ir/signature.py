@@ -130,9 +130,7 @@ class Signature:
         layers = self.cache_of(outputs)
         if layers:
             fields[CACHE] = _cache(layers)
-        wrapper = getattr(transformers.modeling_outputs, self.output_class, None)
-        known = isinstance(wrapper, type) and issubclass(wrapper, transformers.utils.ModelOutput)
-        return wrapper(**fields) if known else transformers.utils.ModelOutput(fields)  # type: ignore[misc]
+        return output_class(self.output_class)(**fields)
 
     def cache_of(self, outputs: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """The cache among flat outputs: the parts of each layer by name, as the next call takes them."""
@@ -149,9 +147,16 @@ class Signature:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Signature":
-        """The signature that `to_json` wrote."""
+        """The signature that `to_json` wrote; `ir.stated` reads those of others."""
         ports = {key: tuple(Port(str(p["name"]), str(p["dtype"]), tuple(p["shape"])) for p in data[key]) for key in ("inputs", "outputs")}
         return cls(**ports, output_class=str(data["output_class"]), positional=tuple(map(str, data["positional"])))
+
+
+def output_class(name: str) -> Any:
+    """The class of outputs called `name`; the base of all, where transformers has none."""
+    found = getattr(transformers.modeling_outputs, name, None)
+    known = isinstance(found, type) and issubclass(found, transformers.utils.ModelOutput)
+    return found if known else transformers.utils.ModelOutput
 
 
 def _cache(layers: list[dict[str, Tensor]]) -> Any:

@@ -43,6 +43,18 @@ class QuantileSketch:
         counts = torch.zeros(channels, BINS, dtype=torch.int32, device=device)
         return cls(counts, torch.zeros(channels, dtype=torch.int32, device=device), torch.zeros(channels, device=device))
 
+    @classmethod
+    def checked(cls, counts: Tensor, top: Tensor, maximum: Tensor, count: int) -> "QuantileSketch":
+        """A sketch of `count` samples as it was stored, perhaps by somebody else.
+
+        Raises:
+            DataError: no samples have these counts.
+        """
+        sane = bool((counts >= 0).all() and (counts.sum(1) == count).all() and (maximum >= 0).all() and maximum.isfinite().all())
+        if not sane or not torch.equal(maximum.view(torch.int32) >> _SHIFT, top):
+            raise DataError("the counts of a sketch do not go together")
+        return cls(counts, top, maximum)
+
     @property
     def count(self) -> int:
         """Samples seen by each channel."""

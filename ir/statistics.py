@@ -154,8 +154,13 @@ class TensorStatistics:
             if kept[name].shape != like.shape or kept[name].dtype != like.dtype:
                 found = f"{kept[name].dtype} {list(kept[name].shape)}"
                 raise DataError(f"{name} is {found}, not {like.dtype} {list(like.shape)}")
-        sketch = QuantileSketch(kept["counts"], kept["top"], kept["magnitude"]) if "counts" in kept else None
-        return cls(int(kept["count"]), kept["minimum"], kept["maximum"], kept["mean"], kept["deviation"], sketch, kept.get("gram"))
+        count = int(kept["count"])
+        finite = ("mean", "deviation", "gram", *(("minimum", "maximum") if count else ()))
+        floats = [kept[name] for name in finite if name in kept]
+        if count < 0 or not all(torch.isfinite(values).all() for values in floats):
+            raise DataError("the statistics hold numbers that no tokens have")
+        sketch = QuantileSketch.checked(kept["counts"], kept["top"], kept["magnitude"], count) if "counts" in kept else None
+        return cls(count, kept["minimum"], kept["maximum"], kept["mean"], kept["deviation"], sketch, kept.get("gram"))
 
 
 def _combine(a: TensorStatistics, b: TensorStatistics) -> tuple[Tensor, Tensor]:

@@ -95,6 +95,7 @@ class Pass:
     """
 
     effect: ClassVar[Effect]
+    files: ClassVar[tuple[str, ...]] = ()  # options that name files, which a recipe may only name below the working folder
 
     def take_names(self, option: str, known: Collection[str]) -> None:
         """Make a tuple of an option that lists names, or is one; for `__post_init__`.

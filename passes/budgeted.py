@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.fx import GraphModule, Node
 
@@ -54,6 +54,7 @@ class Budgeted(Pass):
     measure: int = 0
     corrections: int = 0
     seed: int = 0
+    files: ClassVar[tuple[str, ...]] = ("file", "latencies")
 
     def __post_init__(self) -> None:
         where = self.name()

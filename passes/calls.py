@@ -40,7 +40,8 @@ def _call(tree: ast.expr, where: str) -> tuple[str, dict[str, Any]]:
     options = {}
     for keyword in call.keywords:
         try:
-            options[str(keyword.arg)] = ast.literal_eval(keyword.value)
+            options[str(keyword.arg)] = given = ast.literal_eval(keyword.value)
+            repr(given)  # integers written in hexadecimal may be longer than what Python writes in decimal
         except (ValueError, TypeError, RecursionError) as error:
             raise OptionError(f"{name}({keyword.arg}=...) is not a literal", where=where) from error
     return name, options

@@ -194,8 +194,7 @@ def report_(
     """Open the report of a compressed model in the browser."""
     from passes import page
 
-    path = directory / page.FILE
-    _open(path if path.is_file() else page.write_report(directory), no_open)
+    _open(page.write_report(directory), no_open)  # drawn anew: a page that came with the folder may hold anything
 
 
 @app.command("compare")

@@ -13,7 +13,9 @@ from typing import Any
 from torch.fx import GraphModule
 
 from ir.errors import DataError, OptionError
+from ir.files import inside, read_json
 from ir.signature import Signature
+from ir.stated import signature_of
 from passes import page, registry
 from passes.backend import Backend, Executable
 from passes.base import Record
@@ -136,7 +138,7 @@ def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
     elif tokenizer is not None:
         for name in TOKENIZER_FILES:
             if (Path(tokenizer) / name).is_file():
-                shutil.copyfile(Path(tokenizer) / name, directory / name)
+                shutil.copyfile(inside(Path(tokenizer), name), directory / name)
 
 
 def check_free(directory: Path, overwrite: bool) -> None:
@@ -189,10 +191,12 @@ def load(directory: str | Path) -> Compiled:
     """
     directory = Path(directory)
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(inside(directory, MANIFEST))
         if manifest["format"] != FORMAT:
             raise DataError(f"the folder has format {manifest['format']}, this version reads {FORMAT}", where=str(directory))
-        backend, signature = str(manifest["backend"]), Signature.from_json(manifest["signature"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        backend, signature = str(manifest["backend"]), signature_of(manifest["signature"])
+        if not backend.isidentifier():  # options are the caller's, not the folder's
+            raise DataError(f"{backend!r} is not the name of a backend", where=str(directory))
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise DataError(f"not a folder that fxpress saved: {error}", where=str(directory), remedy=f"it has a {MANIFEST}") from error
     return Compiled(registry.backend(backend).load(directory), signature, backend)

@@ -1,6 +1,7 @@
 """What each form of a linear, its encodings and its size, costs the model, predicted from one run over the calibration data."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch.fx import GraphModule, Node
 from ir import edit
 from ir.encoding import Encoding
 from ir.errors import DataError
-from ir.files import appearing
+from ir.files import appearing, read_json
 from ir.rounding import Rounding
 from ir.sites import Layer
 from passes.base import Context
@@ -128,11 +129,15 @@ def load(path: Path, made: Mapping[str, Any]) -> Costs:
     """
     remedy = "remove the file to predict anew"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         found = {(str(layer), str(form)): float(cost) for layer, form, cost in data["costs"]}
         known = data["format"] == FORMAT
-    except (ValueError, KeyError, TypeError) as error:
+    except DataError as error:
+        raise DataError(f"this is no table of costs: {error.what}", where=str(path), remedy=remedy) from error
+    except (ArithmeticError, ValueError, KeyError, TypeError) as error:
         raise DataError("this is no table of costs", where=str(path), remedy=remedy) from error
+    if not all(map(math.isfinite, found.values())):
+        raise DataError("this table has costs that are not finite", where=str(path), remedy=remedy)
     if not known:
         raise DataError(f"these costs are in the format {data['format']!r}, not {FORMAT!r}", where=str(path), remedy=remedy)
     if data.get("made") != dict(made):

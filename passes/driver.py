@@ -66,6 +66,8 @@ def compile(
     backend = backend or (recipe.backend if recipe else "reference")
     target: Backend = registry.backend(backend) if isinstance(backend, str) else backend
     steps = Pipeline.of(recipe.pipeline if recipe else pipeline)  # type: ignore[arg-type]
+    if recipe:
+        recipe.check_files(steps)
     if not steps.passes:
         raise OptionError("the pipeline is empty", remedy="name a preset, w4a16, or passes")
     gm = capture(model, args, kwargs)

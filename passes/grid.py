@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Generic, TypeVar
 
+from ir.errors import DataError
+
+LARGEST = 1 << 20  # cells: reports of others may name anything a layer
 T = TypeVar("T")
 
 
@@ -35,9 +38,12 @@ def grid(values: Mapping[str, T]) -> Grid[T]:
     """The grid of values by path, rows and columns in the order that they first appear in."""
     places = {path: place(path) for path in values}
     columns = list(dict.fromkeys(column for _, column in places.values()))
+    if len(columns) * len({row for row, _ in places.values()}) > LARGEST:
+        raise DataError(f"a grid has at most {LARGEST} cells", remedy="name layers as a model does, model.layers.3.mlp.up")
     rows: dict[str, list[T | None]] = {row: [None] * len(columns) for row, _ in places.values()}
+    across = {column: index for index, column in enumerate(columns)}
     for path, (row, column) in places.items():
-        rows[row][columns.index(column)] = values[path]
+        rows[row][across[column]] = values[path]
     shared = _shared([row for row in rows if row])
     return Grid(shared, _short(columns), [(row[len(shared) :], own) for row, own in rows.items()])
 

@@ -1,6 +1,7 @@
 """How long a target takes for linears: a table that is measured once, and that budgets in milliseconds are counted by."""
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ir.capture import capture
 from ir.encoding import Encoding
 from ir.errors import DataError
-from ir.files import appearing
+from ir.files import appearing, read_json
 from ir.sites import Layer, Mark, layers
 from passes.backend import Backend
 from passes.base import Context
@@ -59,11 +60,15 @@ class LatencyTable:
         """
         remedy = "remove the file to measure anew"
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_json(path)
             found = {(int(n), int(k), str(x), str(w)): float(time) for n, k, x, w, time in data["milliseconds"]}
             known = data["format"] == FORMAT
-        except (ValueError, KeyError, TypeError) as error:
+        except DataError as error:
+            raise DataError(f"this is no table of latencies: {error.what}", where=str(path), remedy=remedy) from error
+        except (ArithmeticError, ValueError, KeyError, TypeError) as error:
             raise DataError("this is no table of latencies", where=str(path), remedy=remedy) from error
+        if not all(math.isfinite(time) and time > 0 for time in found.values()):
+            raise DataError("this table has latencies that are no times", where=str(path), remedy=remedy)
         if not known or data.get("backend") != backend:
             raise DataError(f"these latencies are of {data.get('backend')}, not of {backend}", where=str(path), remedy=remedy)
         missing = [key for key in wanted if key not in found]

@@ -11,11 +11,14 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ir.errors import DataError, OptionError
+from ir.checkpoints import bounded, check_checkpoint
+from ir.errors import DataError, FxpressError, OptionError
+from ir.files import read_text
 from passes.calibration import token_windows
 from passes.compiled import MANIFEST
 
 DTYPES = ("float32", "float16", "bfloat16")
+LONGEST = 1 << 32  # bytes of a text
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -37,13 +40,18 @@ def load_model(source: str, dtype: str = "float32") -> PreTrainedModel:
         raise DataError("fxpress made this folder: it holds no checkpoint", where=source, remedy="name the original model")
     if not Path(source).is_dir() and not HUB_NAME.fullmatch(source):
         raise DataError("there is no such folder", where=source, remedy="name a folder with config.json, or a model on the Hub")
-    with _quiet():
+    local = Path(source) if Path(source).is_dir() else None
+    if local is not None:
+        check_checkpoint(local)
+    with _quiet(), bounded(local) if local is not None else contextlib.nullcontext():
         try:
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
             model, info = model_class(config).from_pretrained(
                 source, config=config, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except FxpressError:
+            raise
+        except Exception as error:  # whatever a class says of a configuration that it did not expect
             raise DataError(
                 f"cannot load the model: {_first_line(error)}", where=source, remedy="name a folder or a model on the Hub"
             ) from error
@@ -73,10 +81,12 @@ def load_tokenizer(source: str | Path, *, needed: bool = True) -> Any:
     Raises:
         DataError: there is none, though one is needed.
     """
+    if Path(source).is_dir():
+        check_checkpoint(Path(source))
     with _quiet():
         try:
             return transformers.AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except Exception as error:  # each class reads its files in its own way
             if not needed:
                 return None
             raise DataError(
@@ -93,10 +103,9 @@ def read_texts(paths: Sequence[Path]) -> str:
     parts = []
     for path in paths:
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else (error.strerror or str(error))
-            raise DataError(f"cannot read the text: {reason}", where=str(path), remedy="give a text file in UTF-8") from error
+            text = read_text(path, LONGEST)
+        except DataError as error:
+            raise DataError(f"cannot read the text: {error.what}", where=str(path), remedy="give a text file in UTF-8") from error
         if not text.strip():
             raise DataError("the text is empty", where=str(path))
         parts.append(text)

@@ -31,6 +31,7 @@ class Observe(Pass):
     gram: bool = False
     file: str = ""
     effect: ClassVar[Effect] = Effect.OBSERVE
+    files: ClassVar[tuple[str, ...]] = ("file",)
 
     def needs(self, ctx: Context) -> None:
         """Calibration data, or a file of statistics."""

@@ -1,9 +1,11 @@
 """`Recipe`: what it takes to replay a compile exactly, as YAML beside every result."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pydantic
 import torch
@@ -12,8 +14,21 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ir.errors import DataError, OptionError
+from ir.files import read_text
+from passes.base import Pass
 
+LONGEST = 1 << 20  # bytes of a recipe
 PACKAGES = ("fxpress", "torch", "transformers", "onnx", "onnxruntime-gpu", "onnxruntime")
+
+
+class _Plain(yaml.SafeLoader):
+    """Plain data without aliases, of which a few lines make gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("a recipe has no aliases")
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
 
 
 class Recipe(pydantic.BaseModel):
@@ -40,9 +55,29 @@ class Recipe(pydantic.BaseModel):
             OptionError: not a recipe.
         """
         try:
-            return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (OSError, yaml.YAMLError, pydantic.ValidationError, UnicodeDecodeError) as error:
-            raise OptionError(f"not a recipe: {str(error).splitlines()[0]}", where=str(path)) from error
+            return cls.model_validate(yaml.load(read_text(path, LONGEST), _Plain))
+        except DataError as error:
+            raise OptionError(f"not a recipe: {error.what}", where=str(path)) from error
+        # Beside its own errors, the parser raises Python's for values that are not what their tags say, and for depth.
+        except (yaml.YAMLError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            raise OptionError(f"not a recipe: {(str(error).splitlines() or [type(error).__name__])[0]}", where=str(path)) from error
+
+    def check_files(self, steps: Iterable[Pass]) -> None:
+        """Refuse passes that read or write files elsewhere: a recipe may come from anybody.
+
+        Raises:
+            OptionError: an option names a file that does not lie below the working folder.
+        """
+        here = Path.cwd().resolve()
+        for step in steps:
+            for option in step.files:
+                name = getattr(step, option)
+                if name and ("\0" in name or not Path(os.path.realpath(name)).is_relative_to(here)):
+                    raise OptionError(
+                        f"the recipe names the file {name!r}, outside of the working folder",
+                        where=f"{step.name()}({option}=...)",
+                        remedy="replay it in the folder of that file, or compile with the recipe's pipeline text if you trust it",
+                    )
 
     def check(self, weights: str, calibration: str) -> None:
         """Refuse to replay on other weights or other calibration data.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from passes.backend import Backend
     from passes.pipeline import Pipeline
 
+BAD_VALUE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # what makers raise of values that they cannot read
 # Where each of the project's own passes is defined, in the order that the documentation lists them.
 MODULES = (
     "canonicalize",
@@ -82,7 +83,7 @@ def build(name: str, options: dict[str, Any], where: str) -> Pass:
             raise OptionError(f"{name}({option}={value!r}): the option is a {kind}", where=where)
     try:
         return known[name](**options)
-    except TypeError as error:
+    except BAD_VALUE as error:
         raise OptionError(f"{name}: {error}", where=where, remedy=f"its options are {', '.join(map(str, parameters.values()))}") from error
 
 
@@ -102,7 +103,7 @@ def backend(text: str) -> "Backend":
     maker = points[name].load()
     try:
         made: Backend = maker(**options)
-    except TypeError as error:
+    except BAD_VALUE as error:
         known = ", ".join(map(str, inspect.signature(maker).parameters.values()))
         raise OptionError(f"{name}: {error}", where="backend", remedy=f"its options are {known}") from error
     return made

@@ -9,7 +9,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-TAKEN = ("CHANGELOG.md", "LICENSE", "fixtures/README.md", "tools/results/*.md", "tools/results/*.png")
+TAKEN = ("CHANGELOG.md", "SECURITY.md", "LICENSE", "fixtures/README.md", "tools/results/*.md", "tools/results/*.png")
 
 
 def on_files(files: Files, config: Any) -> Files:

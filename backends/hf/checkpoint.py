@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -21,7 +20,9 @@ from backends.hf.shapes import empty, fitting, numbers, parameters, sizes, tied
 from backends.hf.survey import WHERE, survey
 from ir import edit
 from ir.capture import capture
-from ir.errors import BackendError, DataError
+from ir.checkpoints import CONFIG, bounded, check_checkpoint
+from ir.errors import BackendError, DataError, FxpressError
+from ir.files import inside
 from ir.sites import layers
 
 State = dict[str, Tensor]
@@ -116,20 +117,26 @@ def load(directory: Path) -> Checkpoint:
     Raises:
         DataError: it is none of transformers' own.
     """
+    check_checkpoint(inside(directory, CONFIG).parent)
     try:
-        config = transformers.AutoConfig.from_pretrained(directory)
-        architecture = (config.architectures or [""])[0]
-        stated = getattr(config, "quantization_config", None)
-        if stated is None:
-            model, cache = getattr(transformers, architecture).from_pretrained(directory).eval(), None
-        else:
-            model, cache = _compressed(directory, config, architecture, Quantization.model_validate(stated))
-    except (AttributeError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+        with bounded(directory):
+            config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+            architecture = (config.architectures or [""])[0]
+            stated = getattr(config, "quantization_config", None)
+            if not issubclass(getattr(transformers, architecture), transformers.PreTrainedModel):
+                raise DataError(f"{architecture} is no class of models", where=str(directory))
+            if stated is None:
+                model, cache = getattr(transformers, architecture).from_pretrained(directory, trust_remote_code=False).eval(), None
+            else:
+                model, cache = _compressed(directory, config, architecture, Quantization.model_validate(stated))
+        gm = capture(model)
+        if cache is not None:
+            cache.recode(gm)
+        return Checkpoint(gm, model, {}, cache=cache)
+    except FxpressError:
+        raise
+    except Exception as error:  # whatever a class says of a configuration and of tensors that it did not expect
         raise DataError(f"not a folder with a model of transformers: {error}", where=str(directory)) from error
-    gm = capture(model)
-    if cache is not None:
-        cache.recode(gm)
-    return Checkpoint(gm, model, {}, cache=cache)
 
 
 def _compressed(
@@ -150,6 +157,8 @@ def _compressed(
     for name, scheme in stated.schemes(linear_names(described)).items():
         own = {part: state.pop(f"{name}.{part}") for part in parts.pop(name, {}) if part != "bias"}
         linears[name] = Rounded.read(scheme, own)
+        if linears[name].codes.shape != described.get_submodule(name).weight.shape:
+            raise DataError(f"{name} has weights of the shape {list(linears[name].codes.shape)}", where=str(directory))
     there = state.keys() | {f"{name}.weight" for name in linears}
     missing = sorted(name for name, names in tied(described).items() if names.isdisjoint(there))
     if missing:

@@ -93,6 +93,8 @@ class Rounded(nn.Module):
         try:
             if scheme.format == PACKED:
                 rows, columns = stored["weight_shape"].tolist()
+                if (rows, -(-columns * weights.num_bits // 32)) != tuple(stored["weight_packed"].shape):
+                    raise ValueError(f"{rows} × {columns} weights are not {list(stored['weight_packed'].shape)} words")
                 codes = _unpacked(stored["weight_packed"], weights.encoding, columns)
                 zero_point = None if zero_point is None else _unpacked(zero_point.T.contiguous(), weights.encoding, rows).T.contiguous()
             else:
@@ -103,7 +105,7 @@ class Rounded(nn.Module):
                 input_zero_point = _unsigned(input_zero_point, given)
             made = cls(scheme, codes, stored["weight_scale"], zero_point, stored.get("input_scale"), input_zero_point)
             wanted = weights.encoding.scale_shape(tuple(codes.shape))
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise DataError(f"the tensors of a compressed linear do not fit one another: {error}") from error
         shapes = [made.scale.shape] + ([] if weights.symmetric else [() if zero_point is None else zero_point.shape])
         if any(shape != wanted for shape in shapes):

@@ -3,19 +3,23 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as onir
 import onnxruntime
 import torch
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 from torch import Tensor
 
 from backends.onnx_qdq.genai import genai_config
-from backends.onnx_qdq.session import open_session, run_flat
+from backends.onnx_qdq.session import known_entries, open_session, run_flat
 from ir.errors import DataError
+from ir.files import inside
 from ir.signature import Signature
+from ir.stated import signature_of
 
 MODEL, WEIGHTS, GENAI = "model.onnx", "model.onnx.data", "genai_config.json"
 PROPERTY = "fxpress"  # the model's metadata entry that holds signature, session settings and report
@@ -55,7 +59,7 @@ class OnnxExecutable:
         folder: "tempfile.TemporaryDirectory[str] | None" = None,
     ) -> None:
         self._path, self._session, self._properties, self._folder = path, session, properties, folder
-        self.signature = Signature.from_json(properties["signature"])
+        self.signature = signature_of(properties["signature"])
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Flat outputs in the order and the dtypes of the signature."""
@@ -99,14 +103,56 @@ class OnnxExecutable:
         Raises:
             DataError: there is no such model, or another program wrote it.
         """
-        path = Path(directory) / MODEL
-        if not path.exists():
-            raise DataError(f"there is no {MODEL}", where=str(directory))
-        text = onir.load(path).metadata_props.get(PROPERTY)
-        if text is None:
-            raise DataError("fxpress did not write this model", where=str(path), remedy="open it with onnxruntime")
-        properties = json.loads(text)
-        return cls(path, open_session(path, properties["session"], threads=threads), properties)
+        path = inside(Path(directory), MODEL)
+        properties = _properties(path)
+        executable = cls(path, open_session(path, known_entries(properties["session"]), threads=threads), properties)
+        session, signature = executable.session, executable.signature
+        sides = ((session.get_inputs(), signature.inputs), (session.get_outputs(), signature.outputs))
+        if any([port.name for port in has] != [port.name for port in states] for has, states in sides):
+            raise DataError("the model has other inputs or outputs than it states", where=str(path))
+        return executable
+
+
+def _properties(path: Path) -> dict[str, Any]:
+    """What a model's metadata says, after a look at where its weights lie: nothing is read but `model.onnx.data` beside it.
+
+    Raises:
+        DataError: the file is damaged, another program wrote it, or it names other files.
+    """
+    try:
+        model = onnx.ModelProto.FromString(path.read_bytes())
+        texts = {entry.key: entry.value for entry in model.metadata_props}
+        properties: Any = json.loads(texts.get(PROPERTY, "null"))
+    except (DecodeError, OSError, RecursionError, ValueError) as error:
+        raise DataError(f"this is no model: {error}", where=str(path)) from error
+    if properties is None:
+        raise DataError("fxpress did not write this model", where=str(path), remedy="open it with onnxruntime")
+    parts = [properties.get(part) for part in ("signature", "session", "report")] if isinstance(properties, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
+        raise DataError("the model's metadata is damaged", where=str(path))
+    files = {name for tensor in _tensors(model) for name in _files(tensor)}
+    if files - {WEIGHTS}:
+        raise DataError(f"weights lie in {min(files - {WEIGHTS})!r}, not in {WEIGHTS}", where=str(path), remedy="do not use this model")
+    if files:
+        inside(path.parent, WEIGHTS)
+    return properties  # type: ignore[no-any-return]
+
+
+def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
+    """All tensors within a message, whatever holds them."""
+    if isinstance(message, onnx.TensorProto):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in value if isinstance(value, Sequence) else [value]:
+                yield from _tensors(part)
+
+
+def _files(tensor: onnx.TensorProto) -> Iterator[str]:
+    """The names of the files that a tensor lies in."""
+    if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+        yield from [entry.value for entry in tensor.external_data if entry.key == "location"] or [""]
 
 
 def properties_of(signature: Signature, entries: Mapping[str, str], config: Any) -> dict[str, Any]:

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from ir.encoding import Encoding
-from ir.errors import BackendError
+from ir.errors import BackendError, DataError
 
 PROVIDERS = ("CPUExecutionProvider",)
 LEVEL_KEY = "session.qdq_matmulnbits_accuracy_level"
 EXACT_LEVEL = 1
+PRECISION_KEY = "session.x64quantprecision"
+ENTRIES = {LEVEL_KEY: ("0", "1", "4"), PRECISION_KEY: ("1",)}
 
 TOLERANCES = (
     # least bits of an activation, greatest ‖ours − oracle‖ / ‖oracle‖: a rounding that falls on the other side moves outputs by a step
@@ -34,7 +36,19 @@ def session_entries(accuracy_level: int, saturating: bool = False) -> dict[str, 
         saturating: whether the model holds signed 8-bit weights, whose products x86 without VNNI adds with saturation;
             `x64quantprecision` lets ONNX Runtime replace them by unsigned ones there.
     """
-    return {LEVEL_KEY: str(accuracy_level)} | ({"session.x64quantprecision": "1"} if saturating else {})
+    return {LEVEL_KEY: str(accuracy_level)} | ({PRECISION_KEY: "1"} if saturating else {})
+
+
+def known_entries(stated: Mapping[str, str]) -> dict[str, str]:
+    """The settings that a file states, if they are some that `session_entries` makes: others name files that ONNX Runtime writes.
+
+    Raises:
+        DataError: they are not.
+    """
+    for key, value in stated.items():
+        if key not in ENTRIES or value not in ENTRIES[key]:
+            raise DataError(f"the model asks for the session setting {key}={value!r}", remedy="do not use this model")
+    return dict(stated)
 
 
 def open_session(path: Path, entries: Mapping[str, str], *, threads: int, profile: Path | None = None) -> onnxruntime.InferenceSession:

@@ -1,16 +1,17 @@
 """What `report.json` says, checked as it is read: it may come from anywhere."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from ir.errors import DataError
+from ir.files import inside, read_json
 from ir.sites import Mark
 
 FILE = "report.json"
 
+MOST = 1000  # passes: comparing them takes their square
 Rows = list[dict[str, Any]]
 
 
@@ -82,7 +83,7 @@ class Saved(BaseModel):
     seconds: float
     peak_bytes: int
     difference: float
-    passes: list[PassRow]
+    passes: list[PassRow] = Field(max_length=MOST)
     coverage: CoverageRow
     skipped: list[SkipRow] = []
     notes: list[str] = []
@@ -102,7 +103,9 @@ def read(folder: Path) -> Saved:
     """
     path = folder / FILE
     try:
-        return Saved.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
+        return Saved.model_validate(read_json(inside(folder, FILE)))
+    except DataError as error:
+        raise DataError(f"not a report: {error.what}", where=str(path), remedy="name a folder that `fxpress compile` wrote") from error
+    except (ArithmeticError, ValueError, RecursionError) as error:
         problem = f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}" if isinstance(error, ValidationError) else str(error)
         raise DataError(f"not a report: {problem}", where=str(path), remedy="name a folder that `fxpress compile` wrote") from error

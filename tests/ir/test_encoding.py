@@ -81,3 +81,9 @@ def test_scales_have_one_entry_per_block(text, shape, scales):
 def test_a_clip_is_a_ratio_of_dynamic_scales(options):
     with pytest.raises(OptionError):
         Encoding(Int(4), (-1,), **options)
+
+
+@pytest.mark.parametrize("sizes", ["9" * 11, ",".join("1" * 9), "1,٢"])
+def test_sizes_that_no_tensor_has_are_no_encoding(sizes):
+    with pytest.raises(OptionError, match="not an encoding"):
+        Encoding.parse(f"i4[{sizes}]")

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ir import edit, numerics
 from ir.encoding import Encoding
@@ -106,3 +107,55 @@ def test_truncated_weights_are_refused(families, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DataError):
         load_graph(tmp_path)
+
+
+def damaged(families, folder, change):
+    save_graph(quantized(families("gpt2").graph(), "i4[1,-1]"), folder)
+    data = json.loads((folder / GRAPH_FILE).read_text())
+    change(data)
+    (folder / GRAPH_FILE).write_text(json.dumps(data))
+    with pytest.raises(DataError):
+        load_graph(folder)
+
+
+def code(data):
+    return next(iter(data["packed"].values()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: code(data)[1].__setitem__(-1, 2**40),  # a stated shape alone takes no memory
+        lambda data: code(data)[1].__setitem__(-1, -1),
+        lambda data: code(data).__setitem__(0, "i1[1,-1]"),
+        lambda data: code(data).__setitem__(0, "i4[1," + "9" * 5000 + "]"),
+        lambda data: data["shared"].update(x="forward.__globals__"),
+        lambda data: data["shared"].update(x=["y"]),
+        lambda data: next(node for node in data["nodes"] if node["op"] == "get_attr").update(target="forward.__func__.__globals__"),
+        lambda data: next(node for node in data["nodes"] if node["op"] == "placeholder").update(target="class"),
+        lambda data: next(node for node in data["nodes"] if node["op"] == "placeholder").update(target="self"),
+        lambda data: data["nodes"][-1].update(kwargs={"dict": {"class": 1}}),
+        lambda data: data["nodes"][-1].update(args={"torch": "_inductor"}),  # which torch would import
+        lambda data: data["nodes"][-1].update(args={"device": 1e300}),
+    ],
+)
+def test_what_reaches_further_or_does_not_fit_is_refused(families, tmp_path, change):
+    damaged(families, tmp_path, change)
+
+
+def test_names_of_tensors_reach_no_other_object(families, tmp_path):
+    save_graph(families("gpt2").graph(), tmp_path)
+    for name in ("graph.owning_module.x", "forward.x", "__class__.x", "_modules.x", "forward"):
+        save_file({name: torch.zeros(1)}, tmp_path / WEIGHTS_FILE)
+        with pytest.raises(DataError):
+            load_graph(tmp_path)
+
+
+def test_weights_of_another_folder_are_not_read(families, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    save_graph(families("gpt2").graph(), folder)
+    (folder / WEIGHTS_FILE).rename(tmp_path / "elsewhere")
+    (folder / WEIGHTS_FILE).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="leads out of the folder"):
+        load_graph(folder)

@@ -198,3 +198,34 @@ def test_incomplete_or_misshapen_sites_are_refused_by_name(tmp_path, change):
 def test_a_file_without_site_names_is_refused(tmp_path):
     with pytest.raises(DataError):
         Statistics.load(rewritten(tmp_path, lambda t: t.update({"stray": torch.zeros(1)})))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("count", lambda x: -x),
+        ("count", lambda x: x + 1),
+        ("mean", lambda x: x * torch.nan),
+        ("maximum", lambda x: x * torch.inf),
+        ("gram", lambda x: x / 0),
+        ("counts", lambda x: -x),
+        ("counts", lambda x: x.roll(1, 0) * torch.tensor([[2], [0], [1], [1]], dtype=x.dtype)),
+        ("top", lambda x: x + 1),
+        ("top", lambda x: x * 0 + 2**31 - 1),
+        ("magnitude", lambda x: -x),
+        ("magnitude", lambda x: x * torch.inf),
+    ],
+)
+def test_numbers_that_no_tokens_have_are_refused(tmp_path, name, change):
+    file = tmp_path / "kept.safetensors"
+    Statistics({"a": statistics_of(batch(0), gram=True)}).save(file)
+    kept = load_file(file)
+    kept[f"a/{name}"] = change(kept[f"a/{name}"]).contiguous()
+    save_file(kept, file, FORMAT)
+    with pytest.raises(DataError):
+        Statistics.load(file)
+
+
+def test_statistics_of_no_tokens_are_read(tmp_path):
+    Statistics({"a": statistics_of()}).save(tmp_path / "kept.safetensors")
+    assert Statistics.load(tmp_path / "kept.safetensors")["a"].count == 0

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -280,3 +281,30 @@ def test_help_does_not_import_torch() -> None:
 def test_python_m_passes_is_the_command() -> None:
     result = subprocess.run([sys.executable, "-m", "passes", "--help"], check=True, capture_output=True, text=True)
     assert "Usage: fxpress" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["config.json", "pytorch_model.bin"])
+def test_pickles_and_configurations_of_others_run_nothing(model: Path, tmp_path: Path, name: str) -> None:
+    folder, marker = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(model, folder)
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (marker,)
+
+    if name == "config.json":
+        config = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**config, "hidden_size": 2**40}))
+    else:
+        (folder / "model.safetensors").unlink()
+        torch.save({"model.norm.weight": Evil()}, folder / name)
+    with pytest.raises(passes.FxpressError):
+        load_model(str(folder))
+    assert not marker.exists()
+
+
+def test_a_page_that_came_with_a_folder_is_not_opened(run: Run, compiled: tuple[Path, str], tmp_path: Path) -> None:
+    shutil.copy(compiled[0] / "report.json", tmp_path)
+    (tmp_path / "report.html").write_text("<script>alert(1)</script>")
+    assert run("report", tmp_path, "--no-open").exit_code == 0
+    assert "<script" not in (tmp_path / "report.html").read_text()

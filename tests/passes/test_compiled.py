@@ -267,3 +267,22 @@ def test_an_empty_cache_of_transformers_is_an_empty_cache():
     made, ids = compiled("llama", "w4a16"), tokens(2, 5)
     for cache in (transformers.DynamicCache(), transformers.DynamicCache(config=load("llama").model.config), []):
         assert torch.equal(made(ids, past_key_values=cache).logits, made(ids).logits)
+
+
+@pytest.mark.parametrize("backend", ["onnx(threads=100_000)", "reference, onnx", "os", ""])
+def test_a_folder_chooses_no_options_of_a_backend(small, backend):
+    _, folder = small
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "backend": backend}))
+    with pytest.raises(FxpressError):
+        passes.load(folder)
+
+
+def test_a_tokenizer_that_is_a_link_to_elsewhere_is_not_copied(tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "tokenizer/tokenizer.json").symlink_to(tmp_path / "secret")
+    compiled = passes.compile(Mlp(), "canonicalize", args=(vectors(),), tokenizer=tmp_path / "tokenizer")
+    with pytest.raises(DataError, match="out of the folder"):
+        compiled.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

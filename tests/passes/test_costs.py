@@ -96,3 +96,11 @@ def test_the_models_loss_weighs_the_outputs_of_both_errors():
     rising = [costs[layer.path, str(mark)] for mark in marks]
     assert 0 < rising[0] < rising[1] < rising[2] < rising[3]
     assert rising[1] - rising[0] < 0.02 * (rising[2] - rising[0])  # four bits less: 256 times the squared error
+
+
+@pytest.mark.parametrize("cost", ["1e999", "NaN", "1" + "0" * 400, "[]", '"x"', "[" * 10_000])
+def test_costs_that_are_none_are_refused(tmp_path, cost):
+    file = tmp_path / "costs.json"
+    file.write_text(f'{{"format": "fxpress-costs-2", "made": {{}}, "costs": [["a", "i4[1,-1]", {cost}]]}}')
+    with pytest.raises(DataError):
+        load(file, {})

@@ -92,3 +92,11 @@ def test_latencies_are_those_of_the_backend_that_is_compiled_for(tmp_path):
     pipeline = f"{MARKED}, assign_bits(latency=20.0, latencies={str(path)!r}, widths=(2, 4, 8)), round_weights"
     with pytest.raises(DataError, match="not of onnx"):
         passes.compile(load("llama").captured, pipeline, CALIBRATION, backend=OnnxQdq())
+
+
+@pytest.mark.parametrize("time", ["0", "-1", "1e999", "NaN", "1" + "0" * 400, '"x"', "[" * 10_000])
+def test_times_that_are_none_are_refused(tmp_path, time):
+    file = tmp_path / "table.json"
+    file.write_text(f'{{"format": "fxpress-latency-1", "backend": "onnx", "milliseconds": [[4, 4, "", "i4[1,-1]", {time}]]}}')
+    with pytest.raises(DataError):
+        LatencyTable.load(file, "onnx", [])

@@ -264,3 +264,11 @@ def test_the_template_is_installed_with_the_package():
     root = Path(passes.__file__).parents[1]
     listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["passes.page"]
     assert sorted(listed) == sorted(file.name for file in (root / "passes/page").iterdir() if file.suffix in {".html", ".css"})
+
+
+def test_layers_that_would_make_a_grid_without_end_are_refused(report, tmp_path):
+    wrong = json.loads(json.dumps(report))
+    row = wrong["layers"][1]
+    wrong["layers"] = [{**row, "layer": f"a.{index}.b{index}"} for index in range(1100)]
+    with pytest.raises(DataError, match="grid"):
+        page.write_report(folder(tmp_path, wrong))

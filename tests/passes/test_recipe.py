@@ -1,10 +1,15 @@
+from dataclasses import fields
+
 import pytest
 import torch
 import yaml
 
+import passes
 from ir.capture import capture
 from ir.errors import DataError, OptionError
-from passes.recipe import Recipe, calibration_fingerprint, fingerprint, versions, weights_fingerprint
+from passes import registry
+from passes.pipeline import Pipeline
+from passes.recipe import LONGEST, Recipe, calibration_fingerprint, fingerprint, versions, weights_fingerprint
 from tests.families import build, load
 from tests.passes.samples import Mlp, run, vectors
 
@@ -76,3 +81,50 @@ def test_a_weights_fingerprint_is_that_of_the_model():
 
 def test_versions_name_what_results_depend_on():
     assert {"fxpress", "torch", "transformers"} <= set(versions())
+
+
+def bomb(start, step, levels=9):
+    """YAML whose aliases name nine of the level below each."""
+    lines = [f"a0: &a0 {start}"]
+    lines += [f"a{level}: &a{level} {step.format(', '.join([f'*a{level - 1}'] * 9))}" for level in range(1, levels)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        bomb("[x, x]", "[{}]") + "\n" + TEXT,
+        bomb("{{x: 1}}", "{{<<: [{}]}}"),
+        "&a [*a]",
+        "[" * 10_000,
+        "a: !!timestamp x",
+        "a: !!int ''",
+        "a: !!float x",
+        "a: !!bool x",
+        TEXT.replace("seed: 3", "seed: 2020-13-45"),
+        TEXT.replace("seed: 3", "seed: " + "9" * 5000),
+        TEXT + "#" * LONGEST,
+    ],
+)
+def test_yaml_that_grows_or_is_not_what_it_says_is_refused(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(OptionError, match="not a recipe"):
+        Recipe.read(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../other/kept.safetensors", "link/kept.safetensors", "\0"])
+@pytest.mark.parametrize("step", ["observe(file={!r})", "assign_bits(file={!r})", "fit_budget(latencies={!r}, latency=1.0)"])
+def test_a_recipe_names_no_files_elsewhere(tmp_path, monkeypatch, name, step):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("/tmp")
+    recipe = RECIPE.model_copy(update={"pipeline": step.format(name), "backend": "reference"})
+    with pytest.raises(OptionError, match="outside of the working folder"):
+        passes.compile(Mlp(), recipe, args=(vectors(),))
+    recipe.check_files(Pipeline.parse(step.format("kept.safetensors")))
+
+
+def test_every_option_that_names_a_file_is_known_as_one():
+    named = {
+        (name, field.name) for name, kind in registry.passes().items() for field in fields(kind) if field.name in {"file", "latencies"}
+    }
+    assert named == {(name, option) for name, kind in registry.passes().items() for option in kind.files}

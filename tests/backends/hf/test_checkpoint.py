@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 
 import pytest
@@ -177,3 +178,34 @@ def test_what_was_loaded_is_not_lowered(tmp_path):
     folder = compiled("llama", "w8a16").save(tmp_path / "out")
     with pytest.raises(OptionError, match="no graph to lower"):
         passes.load(folder).lowered("hf")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config, index: config.update(architectures=["pipeline"]),
+        lambda config, index: config.update(architectures=["AutoTokenizer"]),
+        lambda config, index: config.update(num_hidden_layers=10**8),
+        lambda config, index: config.update(vocab_size=2**40),
+        lambda config, index: config["quantization_config"]["config_groups"]["group_0"]["weights"].update(num_bits=99),
+        lambda config, index: config["quantization_config"]["config_groups"]["group_0"]["weights"].update(num_bits=2),
+        lambda config, index: index["weight_map"].update({"lm_head.weight": "../secret.safetensors"}),
+    ],
+)
+def test_folders_of_others_are_refused(quantized_folder, tmp_path, change):
+    folder = tmp_path / "out"
+    shutil.copytree(quantized_folder, folder)
+    shutil.copyfile(next(folder.glob("*.safetensors")), tmp_path / "secret.safetensors")
+    index = {"metadata": {}, "weight_map": {}}
+    config = json.loads((folder / "config.json").read_text())
+    change(config, index)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError):
+        passes.load(folder)
+
+
+@pytest.fixture(scope="module")
+def quantized_folder(tmp_path_factory):
+    """A packed checkpoint, to be copied and damaged."""
+    return compiled("llama", "w4a16(group=32, rounding='nearest')").lowered("hf").save(tmp_path_factory.mktemp("packed") / "out")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ir.encoding import Encoding
+from ir.place import device_of, place
 from ir.serialize import load_graph, save_graph
 
 
@@ -24,6 +25,15 @@ class ReferenceExecutable:
         """Flat outputs for flat inputs."""
         outputs: tuple[Tensor, ...] = self.gm(*inputs)
         return outputs
+
+    @property
+    def device(self) -> torch.device:
+        """Where the graph's tensors are."""
+        return device_of(self.gm)
+
+    def to(self, device: torch.device) -> None:
+        """Move the graph there: `Compiled.graph` is the same one."""
+        place(self.gm, device)
 
     def save(self, directory: Path) -> None:
         """Write `graph.json` and `weights.safetensors`, codes packed."""

@@ -31,7 +31,7 @@ def lower(gm: GraphModule, probe: Sequence[Tensor], notes: list[str]) -> TritonE
     executable = TritonExecutable(fused, signature, {})
     with torch.no_grad():
         oracle = gm(*probe)
-    measured = _prove(gm, signature, executable(*probe), oracle, "outputs")
+    measured = _prove(gm, signature, executable(*probe), oracle)
     executable.grows = _prove_decoding(executable, probe[0], tolerance(activations(gm), uncoded(signature, oracle)))
     executable.facts = {
         "probe_difference": measured,
@@ -43,7 +43,7 @@ def lower(gm: GraphModule, probe: Sequence[Tensor], notes: list[str]) -> TritonE
     return executable
 
 
-def _prove(gm: GraphModule, signature: Signature, ours: Sequence[Tensor], oracle: Sequence[Tensor], what: str) -> float:
+def _prove(gm: GraphModule, signature: Signature, ours: Sequence[Tensor], oracle: Sequence[Tensor]) -> float:
     """The difference of the outputs from the graph's.
 
     Raises:
@@ -53,7 +53,7 @@ def _prove(gm: GraphModule, signature: Signature, ours: Sequence[Tensor], oracle
     found, allowed = difference(uncoded(signature, ours), numbers), tolerance(activations(gm), numbers)
     if not found <= allowed:
         raise BackendError(
-            f"the fused graph's {what} differ from the graph's by {found:.1e} relative on the probe, more than {allowed:.0e}",
+            f"the fused graph's outputs differ from the graph's by {found:.1e} relative on the probe, more than {allowed:.0e}",
             remedy="report the model and its pipeline; the reference backend runs the graph itself",
         )
     return found

@@ -11,13 +11,11 @@ from backends.sites import Activation, QuantizedSite, quantized_sites
 from backends.triton_gpu import forms
 from backends.triton_gpu.ops.embedding import PACKED_EMBEDDING
 from backends.triton_gpu.ops.linear import PACKED_LINEAR, PACKED_LINEAR_INT8
-from backends.triton_gpu.ops.rows import QUANTIZE_ROWS
+from backends.triton_gpu.ops.rows import QUANTIZE_ROWS, QUANTIZE_STATIC
 from backends.triton_gpu.weights import Packed, packed
 from ir import edit
-from ir.encoding import Encoding
 from ir.errors import BackendError
 from ir.match import operand
-from ir.ops import QUANTIZE
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 WIDE, NARROW = 16, 8  # containers of weights that meet floats, and integers
@@ -99,13 +97,11 @@ class Fusion:
 
     def _static(self, activation: Activation, quantize: Node, name: str) -> tuple[Node, Node, Node | None]:
         """Unsigned codes of b bits less 2^(b−1) are the signed ones of the same scale, whose zero point is that much less."""
-        encoding, zero_point = activation.encoding, activation.zero_point
-        signed = Encoding(encoding.format, encoding.block)
-        zero = None
-        if zero_point is not None:
-            less = edit.attribute(self.gm, zero_point).to(torch.int16) - 2 ** (encoding.bits - 1)
+        bits, zero = activation.encoding.bits, None
+        if activation.zero_point is not None:
+            less = edit.attribute(self.gm, activation.zero_point).to(torch.int16) - 2 ** (bits - 1)
             zero = self._stored(f"{name}_input_zero", less.to(torch.int8))
-        codes = edit.emit(self.gm, QUANTIZE, (activation.source, activation.scale, zero, str(signed)), before=quantize)
+        codes = edit.emit(self.gm, QUANTIZE_STATIC, (activation.source, activation.scale, zero, bits), before=quantize)
         return codes, activation.scale, zero
 
 

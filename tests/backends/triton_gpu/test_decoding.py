@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+import passes
+from backends.triton_gpu.decoding import ROUNDED_TO, StaticDecoder
+from ir.errors import BackendError, OptionError
+from passes.decoding import Growing, decode
+from passes.measure import greedy
+from tests.families import VOCABULARY
+
+
+@pytest.fixture(scope="module", params=[16, 4])
+def compiled(request, families):
+    """A Llama with 8-bit activations, its cache in floats or in 4 bits."""
+    return passes.compile(families("llama").graph(), f"w8a8(cache={request.param})", backend="triton")
+
+
+def prompt(rows: int = 2, length: int = 7) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def test_tokens_are_those_of_a_growing_cache_and_of_the_oracle(compiled):
+    ids, mask = prompt(), torch.ones(2, 7, dtype=torch.int64)
+    mask[1, :3] = 0
+    ours = list(compiled.stream(ids, 64, attention_mask=mask))
+    growing = list(decode(Growing(compiled), ids, 64, mask))
+    oracle = list(greedy(compiled.lowered("reference"), ids, 64, mask))
+    assert len({tuple(token.tolist()) for token in ours}) > 4
+    assert torch.equal(torch.stack(ours), torch.stack(growing)) and torch.equal(torch.stack(ours), torch.stack(oracle))
+
+
+def test_a_decoder_is_used_again_once_it_is_free(compiled):
+    executable = compiled.executable
+    first, expected = compiled.stream(prompt(), 8), compiled.generate(prompt(), 8)
+    token = next(first)
+    assert torch.equal(torch.stack([token, *first], 1), expected[:, 7:])  # another generation came between
+    kept = executable.decoder(2, 20)
+    assert executable.decoder(2, 20) is not kept
+    executable._decoder.release()
+    again = executable._decoder
+    assert executable.decoder(2, ROUNDED_TO) is again
+    assert executable.decoder(3, 20) is not again
+
+
+def test_a_full_cache_and_other_rows_are_refused(compiled):
+    decoder = StaticDecoder(compiled.executable.gm, compiled.signature, 2, 1)
+    assert decoder.capacity == ROUNDED_TO
+    decoder.prefill(prompt(2, ROUNDED_TO), torch.ones(2, ROUNDED_TO, dtype=torch.int64))
+    with pytest.raises(OptionError, match="full"):
+        decoder.step(torch.ones(2, 1, dtype=torch.int64))
+    with pytest.raises(OptionError, match="does not fit"):
+        decoder.prefill(prompt(3), torch.ones(3, 7, dtype=torch.int64))
+
+
+def test_what_is_no_decoder_has_none(families):
+    bert = families("bert")
+    with pytest.raises(BackendError, match="causal"):
+        StaticDecoder(bert.captured, bert.signature, 1, 8)

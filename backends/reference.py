@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ir import edit
 from ir.encoding import Encoding
 from ir.place import device_of, place
 from ir.serialize import load_graph, save_graph
@@ -32,7 +33,8 @@ class ReferenceExecutable:
         return device_of(self.gm)
 
     def to(self, device: torch.device) -> None:
-        """Move the graph there: `Compiled.graph` is the same one."""
+        """Move there; `Compiled.graph` stays where it is."""
+        self.gm = edit.copied(self.gm)
         place(self.gm, device)
 
     def save(self, directory: Path) -> None:

@@ -6,19 +6,24 @@ import torch
 from torch.fx import GraphModule
 from torch.fx.node import map_aggregate
 
+from ir import edit
+
 
 def place(gm: GraphModule, device: torch.device) -> None:
-    """Move a graph, in place; its recorded values are not inferred again.
+    """Move a graph, in place; graphs and models that share its tensors keep theirs. Recorded values are not inferred again.
 
     Captured graphs make positions and masks by operators that name the device they were captured on (`arange`, `zeros`): they follow.
     """
+    stored = {str(node.target): edit.attribute(gm, node) for node in gm.graph.find_nodes(op="get_attr")}
+    moved = {key: tensor.detach().to(device) for key, tensor in {id(tensor): tensor for tensor in stored.values()}.items()}
+    for name, tensor in stored.items():
+        edit.store(gm, name, moved[id(tensor)])
 
     def follow(value: Any) -> Any:
         return device if isinstance(value, torch.device) else value
 
     for node in gm.graph.nodes:
         node.args, node.kwargs = map_aggregate(node.args, follow), map_aggregate(node.kwargs, follow)
-    gm.to(device)
     gm.recompile()
 
 

@@ -110,11 +110,15 @@ class Compiled:
         """Move the model to a device, in place, and return it.
 
         Raises:
-            OptionError: the backend has no choice of devices.
+            OptionError: the backend has no choice of devices, or there is no such device.
         """
         if not isinstance(self.executable, Movable):
             raise OptionError(f"what the {self.backend} backend makes has no choice of devices", where="Compiled.to")
-        self.executable.to(torch.device(device))
+        try:
+            self.executable.to(torch.device(device))
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise OptionError(f"the model cannot move to {device}: {reason}", where="Compiled.to", remedy="name cpu, or a device") from error
         return self
 
     @property

@@ -20,8 +20,8 @@ def refusal(operator: str, encodings: Mapping[str, Encoding], shape: Sequence[in
     if name not in OPERATORS:
         return f"there are no kernels of quantized {name}; quantize linear and embedding only"
     if name == "cache":
-        wrong = [encoding for encoding in encodings.values() if not isinstance(encoding.format, Int) or encoding.bits == 1]
-        return f"keys and values are kept in integers of 2 to 8 bits, not as {wrong[0]}" if wrong else None
+        wrong = [encoding for encoding in encodings.values() if encoding.bits == 1]
+        return f"keys and values are kept in 2 to 8 bits, not as {wrong[0]}" if wrong else None
     weight = encodings.get("weight")
     if name == "embedding" and "input" in encodings:
         return "an embedding's input is indices, which are not quantized"

@@ -111,5 +111,7 @@ def _note(executable: TritonExecutable, notes: list[str]) -> None:
     for row in executable.facts["operators"]:
         if row["operator"] == UNPACKED:
             notes.append(f"{row['share']:.1%} of the weight bytes are dequantized at every call: what reads them takes no packed weights")
+    if any(port.torch_dtype == torch.float32 for port in executable.signature.outputs):
+        notes.append("the model computes in float32: on GPUs weights are dequantized whole at every call; load it in float16 or bfloat16")
     if executable.device.type == "cpu":
         notes.append(f"the triton backend was checked by {EAGER}")

@@ -1,6 +1,7 @@
 import torch
 from torch import Tensor, nn
 
+from ir import edit
 from ir.capture import capture
 from ir.place import device_of, place
 
@@ -21,7 +22,9 @@ def test_tensors_and_what_operators_make_follow() -> None:
     x = torch.zeros(3, 5, 4)
     (before,) = gm(x)
     assert device_of(gm) == torch.device("cpu")
+    shared = edit.copied(gm)
     place(gm, torch.device("meta"))
+    assert device_of(shared) == torch.device("cpu") and torch.equal(shared(x)[0], before)
     assert device_of(gm) == torch.device("meta") and gm(x.to("meta"))[0].device.type == "meta"
     assert before.shape == gm(x.to("meta"))[0].shape
     assert device_of(torch.fx.symbolic_trace(nn.Identity())) == torch.device("cpu")

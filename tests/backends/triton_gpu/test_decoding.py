@@ -1,18 +1,21 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 import passes
-from backends.triton_gpu.decoding import ROUNDED_TO, StaticDecoder
+from backends.triton_gpu.decoding import ROUNDED_TO, StaticDecoder, check_inputs
 from ir.errors import BackendError, OptionError
+from ir.signature import Port
 from passes.decoding import Growing, decode
 from passes.measure import greedy
 from tests.families import VOCABULARY
 
 
-@pytest.fixture(scope="module", params=[16, 4])
+@pytest.fixture(scope="module", params=["w8a16", "w8a8(cache=4)"])
 def compiled(request, families):
-    """A Llama with 8-bit activations, its cache in floats or in 4 bits."""
-    return passes.compile(families("llama").graph(), f"w8a8(cache={request.param})", backend="triton")
+    """A Llama with its cache in floats, or with 8-bit activations and its cache in 4 bits."""
+    return passes.compile(families("llama").graph(), request.param, backend="triton")
 
 
 def prompt(rows: int = 2, length: int = 7) -> torch.Tensor:
@@ -52,7 +55,9 @@ def test_a_full_cache_and_other_rows_are_refused(compiled):
         decoder.prefill(prompt(3), torch.ones(3, 7, dtype=torch.int64))
 
 
-def test_what_is_no_decoder_has_none(families):
-    bert = families("bert")
+def test_what_steps_cannot_make_up_is_refused(families):
+    signature = families("llama").signature
     with pytest.raises(BackendError, match="causal"):
-        StaticDecoder(bert.captured, bert.signature, 1, 8)
+        check_inputs(replace(signature, outputs=signature.outputs[1:]))
+    with pytest.raises(BackendError, match="pixel_values"):
+        check_inputs(replace(signature, inputs=(*signature.inputs, Port("pixel_values", "float32", (None, 3)))))

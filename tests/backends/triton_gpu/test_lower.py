@@ -14,10 +14,10 @@ from tests.families import VOCABULARY
 HALF, FULL = torch.float16, torch.float32
 FAMILIES = {
     # family: dtype, weights, activations, greatest relative difference of logits: a code on the other side of a rounding moves them
-    "qwen2": (HALF, "u4[1,64]", None, 1e-3),
+    "qwen2": (HALF, "u4[1,64]", None, 2e-3),  # the graph rounds weights to float16 too, over two layers
     "opt": (FULL, "i1[1,32]", None, 1e-5),
-    "gemma2": (FULL, "i8[1,-1]", "i8[1,-1]dynamic", 1e-2),
-    "phi3": (FULL, "u3[1,32]", "u8[1,-1]dynamic", 1e-2),
+    "gemma2": (FULL, "u3[1,32]", "u8[1,-1]dynamic", 1e-2),
+    "phi3": (FULL, "i8[1,-1]", "i4[1,-1]dynamic", 1e-2),
     "gpt2": (FULL, "i4[1,-1]", "u8[-1]", 1e-2),
 }
 
@@ -67,7 +67,7 @@ def test_presets_run_through_operators_on_packed_weights(families, preset):
 def test_parts_of_a_linear_in_several_widths_are_launches_of_their_own(families):
     pipeline = (
         "canonicalize, annotate(scheme='W2A16'), split_channels(high='W8A16', share=0.25, multiple=8, by='activation'), "
-        "round_weights('nearest')"
+        "round_weights(method='nearest')"
     )
     compiled = passes.compile(families("llama").graph(), pipeline, calibration=text(), backend="triton")
     sites = compiled.executable.report()["sites"]

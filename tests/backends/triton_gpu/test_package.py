@@ -18,7 +18,7 @@ def saved(families, tmp_path_factory):
     """A Llama with weights in both containers, and its folder."""
     pipeline = (
         "canonicalize, annotate(scheme='W3A8', targets=('down_proj',)), annotate(scheme='W4A16', group=32, symmetric=False, "
-        "ignore=('down_proj',), embeddings=True), round_weights('nearest'), quantize"
+        "ignore=('down_proj',), embeddings=True), round_weights(method='nearest'), quantize"
     )
     compiled = passes.compile(families("llama").graph(), pipeline, backend="triton")
     return compiled, compiled.save(tmp_path_factory.mktemp("triton") / "out")
@@ -96,5 +96,7 @@ def test_what_has_one_device_says_so(families):
     compiled = passes.compile(families("llama").graph(), "w8a16")
     assert compiled.to("cpu") is compiled
     compiled.executable = object()
+    with pytest.raises(FxpressError, match="cannot move to nowhere"):
+        compiled.to("nowhere")
     with pytest.raises(FxpressError, match="no choice of devices"):
         compiled.to("cpu")

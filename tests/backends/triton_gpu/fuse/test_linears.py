@@ -81,7 +81,7 @@ def test_the_graph_that_is_fused_stays_as_it_was(pair):
     assert (str(gm.graph), sorted(name for name, _ in gm.named_buffers())) == (before, names)
 
 
-TIED = "canonicalize, annotate(scheme='{}', head=True, embeddings=True, targets=('lm_head',)), round_weights('nearest'), quantize"
+TIED = "canonicalize, annotate(scheme='{}', head=True, embeddings=True, targets=('lm_head',)), round_weights(method='nearest'), quantize"
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W4A8"])

@@ -118,7 +118,9 @@ class Compiled:
             self.executable.to(torch.device(device))
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise OptionError(f"the model cannot move to {device}: {reason}", where="Compiled.to", remedy="name cpu, or a device") from error
+            raise OptionError(
+                f"the model cannot move to {device}: {reason}", where="Compiled.to", remedy="name cpu, or a device"
+            ) from error
         return self
 
     @property

@@ -30,27 +30,24 @@ def lower(gm: GraphModule, probe: Sequence[Tensor], notes: list[str]) -> TritonE
     fused, sites = fuse(gm, notes)
     executable = TritonExecutable(fused, signature, {})
     with torch.no_grad():
-        oracle = gm(*probe)
-    measured = _prove(gm, signature, executable(*probe), oracle)
-    executable.grows = _prove_decoding(executable, probe[0], tolerance(activations(gm), uncoded(signature, oracle)))
-    executable.facts = {
-        "probe_difference": measured,
-        "operators": _shares(fused, sites),
-        "sites": [vars(site) for site in sites],
-        "decoding": f"a cache that grows: {executable.grows}" if executable.grows else "a cache of fixed size",
-    }
+        oracle = uncoded(signature, gm(*probe))
+    allowed = tolerance(activations(gm), oracle)
+    measured = _prove(uncoded(signature, executable(*probe)), oracle, allowed)
+    executable.facts = {"probe_difference": measured, "operators": _shares(fused, sites), "sites": [vars(site) for site in sites]}
+    if signature.layers:
+        executable.grows = _prove_decoding(executable, probe[0], allowed)
+        executable.facts["decoding"] = f"a cache that grows: {executable.grows}" if executable.grows else "a cache of fixed size"
     _note(executable, notes)
     return executable
 
 
-def _prove(gm: GraphModule, signature: Signature, ours: Sequence[Tensor], oracle: Sequence[Tensor]) -> float:
+def _prove(ours: Sequence[Tensor], oracle: Sequence[Tensor], allowed: float) -> float:
     """The difference of the outputs from the graph's.
 
     Raises:
         BackendError: it is more than roundings can make.
     """
-    numbers = uncoded(signature, oracle)
-    found, allowed = difference(uncoded(signature, ours), numbers), tolerance(activations(gm), numbers)
+    found = difference(ours, oracle)
     if not found <= allowed:
         raise BackendError(
             f"the fused graph's outputs differ from the graph's by {found:.1e} relative on the probe, more than {allowed:.0e}",
@@ -106,7 +103,7 @@ def _is_part(node: Node) -> bool:
 
 def _note(executable: TritonExecutable, notes: list[str]) -> None:
     """State what users might not expect."""
-    if executable.signature.layers and executable.grows:
+    if executable.grows:
         notes.append(f"decoding appends to a cache that grows: {executable.grows}")
     for row in executable.facts["operators"]:
         if row["operator"] == UNPACKED:

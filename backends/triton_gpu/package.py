@@ -36,7 +36,7 @@ class TritonExecutable:
         grows: why decoding cannot use a cache of fixed size; "" if it can.
     """
 
-    def __init__(self, gm: GraphModule, signature: Signature, facts: Mapping[str, Any], grows: str = "") -> None:
+    def __init__(self, gm: GraphModule, signature: Signature, facts: dict[str, Any], grows: str = "") -> None:
         self.gm, self.signature, self.facts, self.grows = gm, signature, facts, grows
         self._decoder: StaticDecoder | None = None
 
@@ -119,7 +119,7 @@ class TritonExecutable:
         gm = load_graph(directory)
         try:
             repack(gm, columns, NARROW)
-        except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, OptionError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, OptionError) as error:
             raise DataError(f"damaged weights: {error}", where=str(directory)) from error
         gm.meta[COLUMNS] = columns
         return cls(gm, signature, facts, grows)

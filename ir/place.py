@@ -1,5 +1,6 @@
 """Bring a graph to another device: its tensors, and the devices that its operators name."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ def place(gm: GraphModule, device: torch.device) -> None:
     for node in gm.graph.nodes:
         node.args, node.kwargs = map_aggregate(node.args, follow), map_aggregate(node.kwargs, follow)
     gm.recompile()
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Where kernels are launched meanwhile: several GPUs need to be told."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def device_of(gm: GraphModule) -> torch.device:

@@ -8,8 +8,8 @@ from torch.fx import GraphModule
 
 from backends.triton_gpu.static import static_step
 from ir.errors import BackendError, OptionError
-from ir.place import device_of
-from ir.signature import TOKENS, Signature
+from ir.place import device_of, on
+from ir.signature import CACHE, PRESENT, TOKENS, Signature
 
 WARM_UPS = 3  # steps before the capture: kernels are compiled and libraries choose theirs in the first
 ROUNDED_TO = 64  # capacities, so that prompts of about one length share a captured step
@@ -60,9 +60,11 @@ class StaticDecoder:
         """
         if ids.shape[0] != self.batch or ids.shape[1] > self.capacity:
             raise OptionError(f"a prompt {list(ids.shape)} does not fit into {self.batch} rows of {self.capacity} tokens")
-        outputs = self.gm(*self.signature.bind(input_ids=ids, attention_mask=mask))
-        for part, kept in zip(self._caches.values(), _present(self.signature, outputs), strict=True):
-            part.zero_().narrow(TOKENS, 0, ids.shape[1]).copy_(kept)
+        with on(self.device):
+            outputs = self.gm(*self.signature.bind(input_ids=ids, attention_mask=mask))
+        for port, kept in zip(self.signature.outputs, outputs, strict=True):
+            if port.cached:
+                self._caches[port.name.replace(PRESENT, CACHE, 1)].zero_().narrow(TOKENS, 0, ids.shape[1]).copy_(kept)
         self._named["attention_mask"].zero_()[:, : ids.shape[1]] = mask
         self._named["position_ids"].copy_(mask.sum(-1, keepdim=True))
         self._slot.fill_(ids.shape[1])
@@ -83,10 +85,11 @@ class StaticDecoder:
         self._filled += 1
         if self.device.type != "cuda":
             return self._advance()
-        if self._graph is None:
-            self._capture()
-        assert self._graph is not None and self._logits is not None
-        self._graph.replay()
+        with on(self.device):
+            if self._graph is None:
+                self._capture()
+            assert self._graph is not None and self._logits is not None
+            self._graph.replay()
         return self._logits
 
     def release(self) -> None:
@@ -133,8 +136,3 @@ def check_inputs(signature: Signature) -> None:
     unknown = [port.name for port in signature.inputs if not port.cached and port.name not in KNOWN]
     if not signature.causal or unknown:
         raise BackendError(f"it has inputs that steps cannot make up: {unknown}" if unknown else "it is no causal language model")
-
-
-def _present(signature: Signature, outputs: Sequence[Tensor]) -> list[Tensor]:
-    """The cache among flat outputs, in order."""
-    return [value for port, value in zip(signature.outputs, outputs, strict=True) if port.cached]

@@ -17,7 +17,7 @@ from ir import edit
 from ir.errors import DataError, OptionError
 from ir.files import appearing
 from ir.match import find, operands
-from ir.place import device_of, place
+from ir.place import device_of, on, place
 from ir.serialize import load_graph, save_graph
 from ir.signature import Signature
 
@@ -51,7 +51,8 @@ class TritonExecutable:
         away = [port.name for port, x in zip(self.signature.inputs, inputs, strict=True) if x.device.type != here.type]
         if away:
             raise DataError(f"input {away[0]!r} is not on {here}, where the model is", remedy="move it, or the model: compiled.to(device)")
-        outputs: tuple[Tensor, ...] = self.gm(*inputs)
+        with on(here):
+            outputs: tuple[Tensor, ...] = self.gm(*inputs)
         return outputs
 
     @property

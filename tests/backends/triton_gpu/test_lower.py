@@ -15,8 +15,8 @@ HALF, FULL = torch.float16, torch.float32
 FAMILIES = {
     # family: dtype, weights, activations, greatest relative difference of logits: a code on the other side of a rounding moves them
     "qwen2": (HALF, "u4[1,64]", None, 2e-3),  # the graph rounds weights to float16 too, over two layers
-    "gemma2": (FULL, "u3[1,32]", "u8[1,-1]dynamic", 1e-2),
-    "phi3": (FULL, "i8[1,-1]", "i4[1,-1]dynamic", 1e-2),
+    "gemma3": (FULL, "u3[1,32]", "u8[1,-1]dynamic", 1e-2),
+    "phi3": (FULL, "i4[1,-1]", "i8[1,-1]dynamic", 1e-2),
     "gpt2": (FULL, "i1[1,32]", "u8[-1]", 1e-2),
 }
 

@@ -7,18 +7,15 @@ from ir.canonical import canonicalize
 from ir.errors import BackendError
 from ir.match import aten, find, is_call
 
-DECODERS = ("llama", "gemma3")  # one mask; and one that slides too
 
-
-def normal_form(families, name):
-    gm = families(name).graph()
+def normal_form(families):
+    gm = families("llama").graph()
     canonicalize(gm)
     return gm
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_tokens_that_are_written_in_place_score_as_in_one_call(families, name):
-    gm = normal_form(families, name)
+def test_tokens_that_are_written_in_place_score_as_in_one_call(families):
+    gm = normal_form(families)
     signature = gm.meta["signature"]
     step = static_step(gm, signature)
     joins = [node for node in find(step, aten.cat.default) if any(operand.op == "placeholder" for operand in node.all_input_nodes)]
@@ -46,19 +43,19 @@ def test_tokens_that_are_written_in_place_score_as_in_one_call(families, name):
 
 
 def test_graphs_that_do_something_else_with_their_cache_are_refused(families):
-    gm = normal_form(families, "llama")
+    gm = normal_form(families)
     past = gm.graph.find_nodes(op="placeholder")[3]
     (join,) = (user for user in past.users if is_call(user, aten.cat.default))
     join.update_arg(0, [join.args[0][1], past])
     with pytest.raises(BackendError, match="does not append"):
         static_step(gm, gm.meta["signature"])
-    gm = normal_form(families, "llama")
+    gm = normal_form(families)
     size = next(node for node in find(gm, aten.sym_size.int) if node.args[1] == 2)
     total = next(user for user in size.users if not is_call(user, aten.add.Tensor))
     total.args = (size, 1)
     with pytest.raises(BackendError, match="counts past tokens"):
         static_step(gm, gm.meta["signature"])
-    gm = normal_form(families, "llama")
+    gm = normal_form(families)
     last = gm.graph.output_node().args[0]
     edit.set_outputs(gm, (*last[:1], last[2], last[1], *last[3:]))
     with pytest.raises(BackendError, match="not appended to and returned"):

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ir import edit
 from ir.encoding import Encoding
+from ir.place import device_of, place
 from ir.serialize import load_graph, save_graph
 
 
@@ -24,6 +26,16 @@ class ReferenceExecutable:
         """Flat outputs for flat inputs."""
         outputs: tuple[Tensor, ...] = self.gm(*inputs)
         return outputs
+
+    @property
+    def device(self) -> torch.device:
+        """Where the graph's tensors are."""
+        return device_of(self.gm)
+
+    def to(self, device: torch.device) -> None:
+        """Move there; `Compiled.graph` stays where it is."""
+        self.gm = edit.copied(self.gm)
+        place(self.gm, device)
 
     def save(self, directory: Path) -> None:
         """Write `graph.json` and `weights.safetensors`, codes packed."""

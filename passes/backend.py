@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -21,6 +22,18 @@ class Executable(Protocol):
 
     def report(self) -> dict[str, Any]:
         """What the backend measured and decided, as plain data."""
+
+
+@runtime_checkable
+class Movable(Protocol):
+    """An executable with a choice of devices."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is, and its inputs have to be."""
+
+    def to(self, device: torch.device) -> None:
+        """Move it."""
 
 
 class Backend(Protocol):

@@ -132,13 +132,15 @@ def generate(
     directory: Annotated[Path, typer.Argument(help="A folder that `fxpress compile` wrote.")],
     prompt: Annotated[list[str], typer.Option(help="Text to continue; may be repeated.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
 ) -> None:
     """Continue prompts greedily."""
     from passes.compiled import load
     from passes.continuation import Continuation
     from passes.loading import load_tokenizer
 
-    run = Continuation(load(directory), load_tokenizer(directory), prompt)
+    model = load(directory)
+    run = Continuation(model if device == "cpu" else model.to(device), load_tokenizer(directory), prompt)
     if len(prompt) == 1:
         typer.echo(prompt[0], nl=False)
         for piece in run.stream(tokens):

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from ir.errors import DataError, OptionError
@@ -17,9 +19,10 @@ from ir.files import inside, read_json
 from ir.signature import Signature
 from ir.stated import signature_of
 from passes import page, registry
-from passes.backend import Backend, Executable
+from passes.backend import Backend, Executable, Movable
 from passes.base import Record
 from passes.calls import call_text
+from passes.decoding import Choice, Decodes, Growing, decode
 from passes.page.saved import FILE as REPORT
 from passes.recipe import Recipe
 from passes.report import Report
@@ -59,6 +62,68 @@ class Compiled:
             DataError: an unknown or missing input, or one of a wrong shape or dtype.
         """
         return self.signature.wrap(self.executable(*self.signature.bind(*args, **kwargs)))
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        tokens: int = 64,
+        *,
+        attention_mask: Tensor | None = None,
+        end: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> Iterator[Tensor]:
+        """Decode with the cache: yields the next token of every row, int64 `[batch]`, up to `tokens` times.
+
+        Backends with a decoder of their own use it (`triton`: a cache of fixed size, on GPUs one captured step); others are called.
+
+        Args:
+            input_ids: the prompt, int64 `[batch, length]`; shorter rows are padded on the left.
+            tokens: to make at most.
+            attention_mask: int64 `[batch, length]`, 0 where padded; all ones if None.
+            end: rows that have produced this token go on with it, and decoding stops once all have.
+            temperature: 0 takes the most likely token; else tokens are drawn from the logits divided by it.
+            top_k: draw among that many most likely tokens; 0 for all.
+            seed: of what is drawn.
+
+        Raises:
+            OptionError: the model keeps no cache, or an option has no sense.
+        """
+        if not self.signature.causal:
+            raise OptionError("the model keeps no cache: it is not a decoder", remedy="generate with causal language models")
+        choice = Choice(temperature, top_k, seed)
+        ids = input_ids.to(self.device)
+        mask = None if attention_mask is None else attention_mask.to(self.device)
+        made = self.executable.decoder(ids.shape[0], ids.shape[1] + tokens) if isinstance(self.executable, Decodes) else None
+        return decode(made or Growing(self), ids, tokens, mask, end, choice)
+
+    def generate(self, input_ids: Tensor, tokens: int = 64, **options: Any) -> Tensor:
+        """The prompt and what `stream` adds to it, int64 `[batch, length + added]`; options as of `stream`."""
+        new = list(self.stream(input_ids, tokens, **options))
+        return torch.cat([input_ids.to(self.device), *(token[:, None] for token in new)], -1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs have to be."""
+        return getattr(self.executable, "device", torch.device("cpu"))
+
+    def to(self, device: str | torch.device) -> "Compiled":
+        """Move the model to a device, in place, and return it.
+
+        Raises:
+            OptionError: the backend has no choice of devices, or there is no such device.
+        """
+        if not isinstance(self.executable, Movable):
+            raise OptionError(f"what the {self.backend} backend makes has no choice of devices", where="Compiled.to")
+        try:
+            self.executable.to(torch.device(device))
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise OptionError(
+                f"the model cannot move to {device}: {reason}", where="Compiled.to", remedy="name cpu, or a device"
+            ) from error
+        return self
 
     @property
     def trace(self) -> Sequence[Record]:

@@ -8,7 +8,6 @@ import torch
 
 from ir.errors import DataError, OptionError
 from passes.compiled import Compiled
-from passes.measure import greedy
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer writes for the first bytes of a character
 
@@ -42,7 +41,7 @@ class Continuation:
     def stream(self, tokens: int) -> Iterator[str]:
         """Decode up to `tokens` tokens; yields the first row's text as it grows."""
         shown, started = "", time.perf_counter()
-        for step, column in enumerate(greedy(self.model, self.ids, tokens, self.mask, self.end)):
+        for step, column in enumerate(self.model.stream(self.ids, tokens, attention_mask=self.mask, end=self.end)):
             seconds = time.perf_counter() - started
             if step:
                 self.decode += seconds

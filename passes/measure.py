@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from passes.decoding import Growing, decode
+
 Model = Callable[..., Any]  # called as model(input_ids=[B, T]), returns an object with .logits [B, T, V]
 
 
@@ -45,24 +47,12 @@ def agreement(model: Model, reference: Model, ids: Tensor, batch: int = 10) -> f
     return total / ids.numel()
 
 
-@torch.no_grad()
 def greedy(model: Model, ids: Tensor, tokens: int, mask: Tensor | None = None, end: int | None = None) -> Iterator[Tensor]:
     """Greedy decoding with the model's cache: yields the next token of every row, int64 `[batch]`, `tokens` times.
 
     Args:
         ids: the prompt, int64 `[batch, length]`; shorter rows are padded on the left.
         mask: int64 `[batch, length]`, 0 where padded; all ones if None.
-        end: stop early once every row has produced this token.
+        end: rows that have produced this token go on with it, and decoding stops once all have.
     """
-    mask = torch.ones_like(ids) if mask is None else mask
-    past: Any = None
-    done = torch.zeros(ids.shape[0], dtype=torch.bool)
-    for _ in range(tokens):
-        outputs = model(input_ids=ids, attention_mask=mask, past_key_values=past)
-        past = outputs.past_key_values
-        ids = outputs.logits[:, -1:].argmax(-1)
-        mask = torch.cat([mask, torch.ones_like(ids)], -1)
-        yield ids[:, 0]
-        done |= ids[:, 0] == (-1 if end is None else end)
-        if bool(done.all()):
-            return
+    return decode(Growing(model), ids, tokens, mask, end)

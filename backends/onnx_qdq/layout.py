@@ -5,20 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from backends.sites import Weight
 from ir import numerics
-from ir.encoding import Encoding
 
 SAFE_BITS = 7  # of weights whose products no kernel saturates
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A quantized weight as the graph holds it: codes [N, K], scales and zero points by block."""
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-    encoding: Encoding
 
 
 @dataclass(frozen=True)

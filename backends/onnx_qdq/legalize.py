@@ -10,8 +10,8 @@ from torch.fx import GraphModule, Node
 import backends.onnx_qdq.operators  # noqa: F401 (registers the operators)
 from backends.onnx_qdq import layout
 from backends.onnx_qdq.forms import BLOCKED, EMULATED, GATHERED, INTEGER, SHARED, Form, block_size, form_of, refusal, stored_width
-from backends.onnx_qdq.layout import SAFE_BITS, Stored, Weight
-from backends.onnx_qdq.sites import FXPRESS, Activation, QuantizedSite, is_call, quantized_sites, weight_name, weight_of
+from backends.onnx_qdq.layout import SAFE_BITS, Stored
+from backends.sites import FXPRESS, Activation, QuantizedSite, Weight, is_call, quantized_sites, weight_name, weight_of
 from ir.edit import add_attribute, attribute, clean, copied, merge_attributes, replace, store
 from ir.encoding import Encoding
 from ir.errors import BackendError

@@ -11,24 +11,21 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from backends.gate import activations, difference, tolerance, uncoded
 from backends.onnx_qdq.finish import finish
 from backends.onnx_qdq.forms import SHARED
 from backends.onnx_qdq.legalize import Lowered, Options, legalize
 from backends.onnx_qdq.package import GENAI, MODEL, PROPERTY, OnnxExecutable, properties_of, write
 from backends.onnx_qdq.session import (
     EXACT_LEVEL,
-    difference,
     end_profile,
     open_session,
     require_fused,
     run_flat,
     session_entries,
-    tolerance,
 )
 from backends.onnx_qdq.translate import to_onnx
 from ir.errors import BackendError
-from ir.match import find, operand
-from ir.ops import QUANTIZE
 from ir.signature import Signature
 
 if TYPE_CHECKING:
@@ -75,23 +72,14 @@ def _prove(
     """Compare with the oracle in a session without further rounding."""
     session = open_session(path, entries, threads=backend.threads)
     signature: Signature = gm.meta["signature"]
-    found = difference(_uncoded(signature, run_flat(session, probe)), _uncoded(signature, oracle))
-    floats = [y.dtype for y in _uncoded(signature, oracle) if y.is_floating_point()]
-    allowed = tolerance(
-        [str(operand(node, "encoding")) for node in find(gm, QUANTIZE)],
-        min(floats, key=lambda dtype: dtype.itemsize, default=torch.float32),
-    )
+    found = difference(uncoded(signature, run_flat(session, probe)), uncoded(signature, oracle))
+    allowed = tolerance(activations(gm), uncoded(signature, oracle))
     if not found <= allowed:
         raise BackendError(
             f"ONNX Runtime's outputs differ from the graph's by {found:.1e} relative on the probe, more than {allowed:.0e}",
             remedy="report the model and the ONNX Runtime version; the reference backend runs the graph itself",
         )
     return found
-
-
-def _uncoded(signature: Signature, outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Outputs that can be compared as numbers: not codes of a cache, which a difference of 1e-7 can move by one."""
-    return [y for y, port in zip(outputs, signature.outputs, strict=True) if port not in signature.coded]
 
 
 def _measure(
@@ -113,7 +101,7 @@ def _measure(
     return {
         "operators": executed.counts,
         "sites": [_site(site) for site in sites],
-        "probe_difference": difference(_uncoded(signature, outputs), _uncoded(signature, oracle)),
+        "probe_difference": difference(uncoded(signature, outputs), uncoded(signature, oracle)),
         "accuracy_level": backend.accuracy_level,
         "notes": list(notes),
     }, profiled

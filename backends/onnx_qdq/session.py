@@ -10,7 +10,6 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from ir.encoding import Encoding
 from ir.errors import BackendError, DataError
 
 PROVIDERS = ("CPUExecutionProvider",)
@@ -18,14 +17,6 @@ LEVEL_KEY = "session.qdq_matmulnbits_accuracy_level"
 EXACT_LEVEL = 1
 PRECISION_KEY = "session.x64quantprecision"
 ENTRIES = {LEVEL_KEY: ("0", "1", "4"), PRECISION_KEY: ("1",)}
-
-TOLERANCES = (
-    # least bits of an activation, greatest ‖ours − oracle‖ / ‖oracle‖: a rounding that falls on the other side moves outputs by a step
-    (16, 1e-3),
-    (8, 5e-2),
-    (0, 0.5),
-)
-TOLERANCE_OF_HALF_ORACLES = 5e-2  # the oracle itself rounds to 8 or 11 bits
 
 
 def session_entries(accuracy_level: int, saturating: bool = False) -> dict[str, str]:
@@ -135,24 +126,3 @@ def require_fused(expected: Mapping[str, tuple[str, str]], executed: Executed) -
             where=", ".join(expected[name][1] for name in left) or "sites unknown",
             remedy="exclude these modules, choose another group size, or report the ONNX Runtime version",
         )
-
-
-def tolerance(activations: Sequence[str], oracle: torch.dtype) -> float:
-    """The difference up to which outputs count as equal, for the encodings of the rounded activations and the oracle's dtype."""
-    least = min((Encoding.parse(text).bits for text in activations if text), default=32)
-    allowed = next(bound for bits, bound in TOLERANCES if least >= bits)
-    return max(allowed, TOLERANCE_OF_HALF_ORACLES) if oracle.itemsize < 4 else allowed
-
-
-def difference(ours: Sequence[Tensor], oracle: Sequence[Tensor]) -> float:
-    """The greatest ‖ours − oracle‖ / ‖oracle‖ over the outputs; infinite if a value is not finite where the oracle's is."""
-    return max((_distance(a, b) for a, b in zip(ours, oracle, strict=True) if b.numel()), default=0.0)
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    a, b = a.double(), b.double()
-    finite = b.isfinite()
-    if a.shape != b.shape or not a[finite].isfinite().all():
-        return float("inf")
-    norm = float(b[finite].norm())
-    return float((a[finite] - b[finite]).norm()) / (norm or 1.0)

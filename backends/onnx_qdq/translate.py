@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from backends.onnx_qdq import arithmetic
 from backends.onnx_qdq.arithmetic import integers, number
 from backends.onnx_qdq.legalize import SITE
-from backends.onnx_qdq.sites import ATEN, FXPRESS
+from backends.sites import ATEN, FXPRESS
 from ir.errors import BackendError
 from ir.hadamard import factors, orders
 from ir.numerics import TINY

@@ -61,6 +61,16 @@ def unpack(planes: Sequence[Tensor], bits: int, columns: int) -> Tensor:
     return codes
 
 
+def repack(planes: Sequence[Tensor], bits: int, columns: int, container: int) -> list[Tensor]:
+    """The same codes in containers of another width."""
+    return pack(unpack(planes, bits, columns), bits, container)
+
+
+def taken(planes: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
+    """The planes of some rows of the codes, which `rows`, int64 `[n]`, lists."""
+    return [plane.view(_SIGNED[8 * plane.element_size()]).index_select(1, rows).view(plane.dtype) for plane in planes]
+
+
 def _pack_plane(codes: Tensor, bits: int, container: int) -> Tensor:
     n, k = codes.shape
     of_block, count = span(bits, container), slots(bits, container)

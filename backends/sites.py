@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 import ir.ops
-from backends.onnx_qdq.layout import Weight
 from ir.edit import attribute, module_path
 from ir.encoding import Encoding
 from ir.errors import GraphError
@@ -20,6 +20,16 @@ FXPRESS = torch.ops.fxpress
 ATEN = torch.ops.aten
 OPERATORS: Mapping[Any, str] = {ATEN.linear.default: "linear", ATEN.embedding.default: "embedding"}
 WEIGHT_OPERAND: Mapping[Any, int] = {ATEN.linear.default: 1, ATEN.embedding.default: 0}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A quantized weight as the graph holds it: codes [N, K], scales and zero points by block."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    encoding: Encoding
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """Which form of a kernel runs a product: from a table of timed ones, else by a model of what limits it. A pure function, without a GPU.
 
-The model takes the slowest of three: instructions (as they were counted in the machine code, `tools/kernel_counts.py`), bytes from memory and
+The model takes the slowest of three: instructions (as `tools/kernel_counts.py` counted them in the machine code), bytes from memory and
 products, over the share of the GPU that the tiles fill. It has not been checked against a clock: timed entries go before it.
 """
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib import resources
 from math import ceil
@@ -133,8 +133,6 @@ def config_of(options: dict[str, Any]) -> Config:
 
 
 def _split(config: Config, k: int, bits: int) -> Iterable[Config]:
-    from dataclasses import replace
-
     for split in SPLITS:
         yield replace(config, split=split)
 

@@ -1,7 +1,7 @@
 """From words of packed codes to operands of a matrix product: the instructions, made for a width, a dtype and an offset.
 
-A 32-bit register holds two containers, of neighbouring `k`, so that one instruction acts on two weights. Codes become numbers by the known trick of
-or-ing their bits into the mantissa of a power of two, `BASE + 2^place · u`, and one fused multiply-add takes out what was put in:
+A 32-bit register holds two containers, of neighbouring `k`, so that one instruction acts on two weights. Codes become numbers by the
+known trick of or-ing their bits into the mantissa of a power of two, `BASE + 2^place · u`, and one multiply-add takes out what was put in:
 
     float16   BASE = 1024, 10 bits of mantissa: a code of 4 bits is found at two places of a word without a shift
     bfloat16  BASE = 128, 7 bits of mantissa: more shifts; codes of 8 bits by way of their sign

@@ -31,7 +31,8 @@ def linear_kernel(
     x, plane0, plane1, plane2, scale, zero, bias, out, M, N, K, steps,
     W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
     ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, PARTIAL: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, SPANS: tl.constexpr, DEPTH: tl.constexpr, SCALE: tl.constexpr, OF_PART: tl.constexpr, SUMS: tl.constexpr, EVEN: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, SPANS: tl.constexpr, DEPTH: tl.constexpr,
+    SCALE: tl.constexpr, OF_PART: tl.constexpr, SUMS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """A tile of `x W^T`: of `steps` steps of `SPANS · SPAN` consecutive `k`, those that the third axis of the grid says.
 
@@ -142,8 +143,8 @@ def constants(
         "W0": widths[0], "W1": widths[1], "W2": widths[2], "SPAN": span, "GROUP": group, "OFFSET": stored, "ASM": assembly,
         "CONSTRAINTS": constraints, "ZERO": has_zero, "BIAS": has_bias and config.split == 1, "PARTIAL": config.split > 1,
         "BN": config.tile_n, "BM": config.tile_m, "SPANS": config.spans, "DEPTH": min(config.depth, part // layout.LANES),
-        "SCALE": (END if whole else BEFORE if config.before else AFTER).value, "OF_PART": part // layout.LANES, "SUMS": config.tile_m == 8 and not config.before,
-        "EVEN": k % step == 0 and n % config.tile_n == 0,
+        "SCALE": (END if whole else BEFORE if config.before else AFTER).value, "OF_PART": part // layout.LANES,
+        "SUMS": config.tile_m == 8 and not config.before, "EVEN": k % step == 0 and n % config.tile_n == 0,
     }  # fmt: skip
 
 

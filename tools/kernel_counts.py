@@ -19,6 +19,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import TritonError
 
 from tools import machine_code
 from tools.kernel_entries import ARCHITECTURES, Entry, entries
@@ -158,22 +160,28 @@ def main() -> None:
         parser.error("--write goes with all entries and architectures")
     given = {(entry.name, arch): entry for arch in options.arch for entry in entries(arch) if options.only in entry.name}
     with ProcessPoolExecutor(options.jobs) as pool:
-        found = list(pool.map(_counted, given))
+        results = list(pool.map(_counted, given))
+    found = [each for each in results if isinstance(each, Counts)]
+    wrong = [each for each in results if isinstance(each, str)]
     if options.write:
         write(found, given)
     if options.json:
         print(json.dumps([asdict(each) for each in found]))
     else:
         Console(width=120).print(table(found))
-    wrong = [reason for each in found for reason in failures(each, given[each.name, each.arch], committed())]
+    wrong += [reason for each in found for reason in failures(each, given[each.name, each.arch], committed())]
+    print("\n".join(wrong), file=sys.stderr)
     if options.check and wrong:
-        sys.exit("\n".join(wrong))
+        sys.exit(1)
 
 
-def _counted(key: tuple[str, int]) -> Counts:
-    """In a process of the pool, which makes its own entries: kernels are not sent between processes."""
+def _counted(key: tuple[str, int]) -> Counts | str:
+    """In a process of the pool, which makes its own entries: kernels are not sent between processes. A sentence if it does not compile."""
     name, arch = key
-    return count(next(entry for entry in entries(arch) if entry.name == name), arch)
+    try:
+        return count(next(entry for entry in entries(arch) if entry.name == name), arch)
+    except (TritonError, CompilationError) as error:
+        return f"{name} for sm_{arch} does not compile: {str(error)[:500]}"
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def linear_kernel(
         for inner in tl.static_range(SPANS):
             span = step * SPANS + inner
             scales, zeros = (), ()
-            if SCALE != END:
+            if SCALE != END or (ZERO and not SUMS):
                 for p in tl.static_range(CHUNKS // OF_PART):
                     g = (span * SPAN + p * OF_PART * LANES) // GROUP
                     if not EVEN:
@@ -105,7 +105,7 @@ def linear_kernel(
         if W2:
             at2 += SPANS * N * (SPAN * W2 // 16)
     if SCALE == END:
-        if ZERO:
+        if ZERO and SUMS:
             acc -= sums * (tl.load(zero + rows).to(tl.float32) - OFFSET)[:, None]
         acc *= tl.load(scale + rows).to(tl.float32)[:, None]
     if BIAS:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from backends.triton_gpu.kernels.int8_operand import LANES, block_words, operand, opens, slots
+from backends.triton_gpu.kernels.rounding import cast
 
 ONES = tl.constexpr(16)  # columns of the ones that sum weights
 
@@ -144,7 +145,7 @@ def linear_kernel(
     else:
         value = total if GROUP else part.to(tl.float32) * tl.load(scale + near_n).to(tl.float32)[:, None]
         value = _finished(value, input_scale, bias, near_m[None, :], near_n[:, None], BITS, TOKENS, BIAS)
-        tl.store(out + m[None, :].to(tl.int64) * N + n[:, None], value.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + m[None, :].to(tl.int64) * N + n[:, None], cast(value, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "splits"])
@@ -173,4 +174,4 @@ def sum_kernel(
     n = near % N
     value = total if GROUPED else total.to(tl.float32) * tl.load(scale + n).to(tl.float32)
     value = _finished(value, input_scale, bias, near // N, n, BITS, TOKENS, BIAS)
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, cast(value, out.dtype.element_ty), mask=inside)

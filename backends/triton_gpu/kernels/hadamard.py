@@ -59,8 +59,8 @@ def _tile(x, signs, at, inside, ORDER: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _butterflies(tiles, ORDER: tl.constexpr, TILES: tl.constexpr):
-    """The last factor of orders above 4096, across tiles."""
+def _mixed(tiles, dtype: tl.constexpr, ORDER: tl.constexpr, TILES: tl.constexpr):
+    """The last factor of orders above 4096, sums and differences of tiles, in `dtype`."""
     for level in tl.static_range(3):
         if ORDER >= 8192 << level:
             mixed = ()
@@ -70,7 +70,10 @@ def _butterflies(tiles, ORDER: tl.constexpr, TILES: tl.constexpr):
                 else:
                     mixed += (tiles[index] + tiles[index ^ (1 << level)],)
             tiles = mixed
-    return tiles
+    values = ()
+    for index in tl.static_range(TILES):
+        values += (cast(tiles[index], dtype),)
+    return values
 
 
 @triton.jit
@@ -99,11 +102,9 @@ def hadamard_kernel(
     tiles = ()
     for index in tl.static_range(TILES):
         k = first + index * ROWS * SIDE + place
-        tiles += (_tile(x, signs, row * K + k, k < K, ORDER, ROWS),)
-    tiles = _butterflies(tiles, ORDER, TILES)
-    values = ()
-    for index in tl.static_range(TILES):
-        values += (cast(tiles[index] * factor, x.dtype.element_ty),)
+        tile = _tile(x, signs, row * K + k, k < K, ORDER, ROWS) * factor
+        tiles += (tile if ORDER > 4096 else cast(tile, x.dtype.element_ty),)
+    values = _mixed(tiles, x.dtype.element_ty, ORDER, TILES) if ORDER > 4096 else tiles
     if QUANTIZE:
         low, high = extremes(values[0].to(tl.float32), None, SYMMETRIC)
         for index in tl.static_range(1, TILES):
@@ -184,6 +185,6 @@ def _launch(x: Tensor, block: int, made: Rows, rows: int, tiles: int, kind: Code
         ORDER=block,
         ROWS=rows,
         TILES=tiles,
-        num_warps=4 if tiles == 1 else 8 if tiles < 4 else 16,
+        num_warps=4 if tiles == 1 else 8,
         enable_fp_fusion=False,
     )

@@ -1,6 +1,6 @@
 """The choice of scales and codes inside kernels, bit for bit that of `ir.numerics` in float32.
 
-Divisions round to nearest, as IEEE has it, and kernels that use these functions are compiled without fused multiply-add: a product that
+Divisions round to nearest, and kernels that use these functions are compiled without fused multiply-add: a product that
 is rounded in `ir.numerics` is rounded here. Values are rounded half to even by adding and subtracting `1.5 · 2^23`, exact below `2^22`;
 scaled values are below `127.5 / 0.0001`.
 """
@@ -86,9 +86,19 @@ def zero_of(low, scale, CLIP: tl.constexpr, GREATEST: tl.constexpr, SYMMETRIC: t
 
 
 @triton.jit
+def _quotient(x, scale):
+    """`x / scale` to nearest for many `x` of one scale: by its reciprocal, and once corrected by what that leaves (Markstein, 1990)."""
+    if INTERPRETED:
+        return tl.div_rn(x, scale)  # there, a fused multiply-add rounds twice
+    inverse = tl.div_rn(1.0, scale)
+    guess = x * inverse
+    return tl.fma(tl.fma(-guess, scale, x), inverse, guess)
+
+
+@triton.jit
 def codes_of(x, scale, zero, LEAST: tl.constexpr, GREATEST: tl.constexpr):
     """The nearest codes, int32."""
-    codes = rounded(tl.div_rn(x, scale)) + zero
+    codes = rounded(_quotient(x, scale)) + zero
     return tl.minimum(tl.maximum(codes, LEAST * 1.0), GREATEST * 1.0).to(tl.int32)
 
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backends.triton_gpu.kernels.rounding import DTYPES, Codes, cast, codes_of, extremes, scale_of, zero_of
+from backends.triton_gpu.kernels.rounding import DTYPES, Codes, cast, codes_of, extremes, inverse_of, scale_of, zero_of
 from backends.triton_gpu.ops.cache import Kept
 from ir import packing
 from ir.encoding import Encoding
@@ -56,12 +56,14 @@ def quantize_kernel(
     k = slot[:, None] * bytes + i[None, :]
     inside = (r < count)[:, None, None] & (i < bytes)[None, None, :]
     value = tl.load(x + row + k[None, :, :], mask=inside, other=0.0).to(tl.float32)
+    inverse = inverse_of(s)
     if blocks > 1:
+        inverse = _of_codes(inverse, k, BLOCK, BLOCKS, ROWS)
         s = _of_codes(s, k, BLOCK, BLOCKS, ROWS)
         z = _of_codes(z, k, BLOCK, BLOCKS, ROWS)
     else:
-        s, z = s[:, :, None], z[:, :, None]
-    codes = (codes_of(value, s, z, LEAST, GREATEST) - LEAST) << (8 // PER_BYTE * slot)[None, :, None]
+        s, inverse, z = s[:, :, None], inverse[:, :, None], z[:, :, None]
+    codes = (codes_of(value, s, inverse, z, LEAST, GREATEST) - LEAST) << (8 // PER_BYTE * slot)[None, :, None]
     byte = tl.sum(codes, 1).to(tl.uint8)
     at = r.to(tl.int64)[:, None] * bytes + i[None, :]
     tl.store(packed + at, byte, mask=(r < count)[:, None] & (i < bytes)[None, :])

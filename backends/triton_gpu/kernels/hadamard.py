@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from backends.triton_gpu.kernels.interpreter import INTERPRETED
-from backends.triton_gpu.kernels.rounding import DTYPES, Codes, cast, codes_of, extremes, scale_of, zero_of
+from backends.triton_gpu.kernels.rounding import DTYPES, Codes, cast, codes_of, extremes, inverse_of, scale_of, zero_of
 from backends.triton_gpu.kernels.rows import SHIFTED, empty, one_scale, quantize_rows
 from backends.triton_gpu.ops.rows import Rows
 from ir import hadamard as matrices
@@ -119,7 +119,7 @@ def hadamard_kernel(
         k = first + index * ROWS * SIDE + place
         value = values[index]
         if QUANTIZE:
-            value = (codes_of(value.to(tl.float32), s, z, LEAST, GREATEST) - shift).to(tl.int8)
+            value = (codes_of(value.to(tl.float32), s, inverse_of(s), z, LEAST, GREATEST) - shift).to(tl.int8)
         tl.store(out + row * K + k, value, mask=k < K)
 
 

@@ -86,20 +86,23 @@ def zero_of(low, scale, CLIP: tl.constexpr, GREATEST: tl.constexpr, SYMMETRIC: t
 
 
 @triton.jit
-def _quotient(x, scale):
-    """`x / scale` to nearest for many `x` of one scale: by its reciprocal, and once corrected by what that leaves (Markstein, 1990)."""
-    if INTERPRETED:
-        return tl.div_rn(x, scale)  # there, a fused multiply-add rounds twice
-    inverse = tl.div_rn(1.0, scale)
-    guess = x * inverse
-    return tl.fma(tl.fma(-guess, scale, x), inverse, guess)
+def inverse_of(scale):
+    """The reciprocals that `codes_of` takes: a division per scale, none per value."""
+    return tl.div_rn(1.0, scale)
 
 
 @triton.jit
-def codes_of(x, scale, zero, LEAST: tl.constexpr, GREATEST: tl.constexpr):
-    """The nearest codes, int32."""
-    codes = rounded(_quotient(x, scale)) + zero
-    return tl.minimum(tl.maximum(codes, LEAST * 1.0), GREATEST * 1.0).to(tl.int32)
+def codes_of(x, scale, inverse, zero, LEAST: tl.constexpr, GREATEST: tl.constexpr):
+    """The nearest codes, int32.
+
+    A quotient is a product with the reciprocal, corrected once by what that leaves: to nearest (Markstein, 1990).
+    """
+    if INTERPRETED:
+        quotient = tl.div_rn(x, scale)  # its fused multiply-add rounds twice
+    else:
+        guess = x * inverse
+        quotient = tl.fma(tl.fma(-guess, scale, x), inverse, guess)
+    return tl.minimum(tl.maximum(rounded(quotient) + zero, LEAST * 1.0), GREATEST * 1.0).to(tl.int32)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backends.triton_gpu.kernels.rounding import Codes, cast, codes_of, extremes, scale_of, zero_of
+from backends.triton_gpu.kernels.rounding import Codes, cast, codes_of, extremes, inverse_of, scale_of, zero_of
 from backends.triton_gpu.ops.rows import SHIFT, Rows
 from ir.encoding import Encoding
 from ir.errors import OptionError
@@ -44,7 +44,7 @@ def rows_kernel(
     s = scale_of(low, high, REACH, CLIP, SYMMETRIC, False)
     z = zero_of(low, s, CLIP, GREATEST, SYMMETRIC)
     shift: tl.constexpr = 0 if SYMMETRIC else SHIFTED
-    tl.store(codes + row * K + k, (codes_of(value, s, z, LEAST, GREATEST) - shift).to(tl.int8), mask=k < K)
+    tl.store(codes + row * K + k, (codes_of(value, s, inverse_of(s), z, LEAST, GREATEST) - shift).to(tl.int8), mask=k < K)
     tl.store(scale + row, s)
     tl.store(zero + row, (z.to(tl.int32) - shift).to(tl.int8))
 

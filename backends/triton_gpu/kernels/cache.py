@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backends.triton_gpu.kernels.rounding import DTYPES, Codes, cast, codes_of, extremes, inverse_of, scale_of, zero_of
+from backends.triton_gpu.kernels.rounding import Codes, cast, codes_of, extremes, inverse_of, scale_of, zero_of
 from backends.triton_gpu.ops.cache import Kept
 from ir import packing
 from ir.encoding import Encoding

@@ -62,7 +62,7 @@ def _tile(x, signs, at, inside, ORDER: tl.constexpr, ROWS: tl.constexpr):
 def _mixed(tiles, dtype: tl.constexpr, ORDER: tl.constexpr, TILES: tl.constexpr):
     """The last factor of orders above 4096, sums and differences of tiles, in `dtype`."""
     for level in tl.static_range(3):
-        if ORDER >= 8192 << level:
+        if (8192 << level) <= ORDER:
             mixed = ()
             for index in tl.static_range(TILES):
                 if index & (1 << level):
@@ -106,8 +106,8 @@ def hadamard_kernel(
         tiles += (tile if ORDER > 4096 else cast(tile, x.dtype.element_ty),)
     values = _mixed(tiles, x.dtype.element_ty, ORDER, TILES) if ORDER > 4096 else tiles
     if QUANTIZE:
-        low, high = extremes(values[0].to(tl.float32), None, SYMMETRIC)
-        for index in tl.static_range(1, TILES):
+        low, high = 0.0, 0.0
+        for index in tl.static_range(TILES):
             least, greatest = extremes(values[index].to(tl.float32), None, SYMMETRIC)
             low, high = tl.minimum(low, least), tl.maximum(high, greatest)
         s = scale_of(low, high, REACH, CLIP, SYMMETRIC, False)

@@ -1,7 +1,7 @@
 """The launcher of `fxpress::packed_linear_int8`."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton
@@ -9,43 +9,38 @@ from torch import Tensor
 
 from backends.triton_gpu import layout
 from backends.triton_gpu.kernels.int8_kernels import linear_kernel, sum_kernel
-from backends.triton_gpu.kernels.interpreter import INTERPRETED
+from backends.triton_gpu.kernels.launch import arch_of
+from backends.triton_gpu.select import DEVICES, Config
 from ir.errors import OptionError
 
-# A sum of 32 bits holds this many products: of centred codes with activations, and of those with zero points on both sides.
+# A sum of 32 bits holds fewer products than these: of centred codes with activations, and of those with zero points on both sides.
 EXACT, EXACT_WITH_ZEROS = 2**17, 2**15
-SHARED, PROCESSORS = 99 << 10, 132  # bytes of shared memory and multiprocessors where no device says its own
+FEW = 64  # tokens up to which a program has one warp group
+SUMMED = 512  # outputs of a program that adds parts
 
 
-@dataclass(frozen=True)
-class Config:
-    """How the kernel is cut: tiles of weights and tokens, runs of 32 k in a step, parts of K, warps, and steps in flight."""
-
-    block_n: int
-    block_m: int
-    runs: int
-    splits: int
-    warps: int
-    stages: int
-
-    def shared(self, bits: int) -> int:
-        """Bytes of shared memory that steps in flight take."""
-        return self.stages * self.runs * layout.LANES * (self.block_n * bits // 8 + self.block_m)
-
-
-def choose(M: int, N: int, K: int, bits: int, shared: int = SHARED, processors: int = PROCESSORS) -> Config:
-    """The configuration for activations `[M, K]` and weights `[N, K]` of `bits` bits, on a device of so much shared memory."""
-    few = M <= 64
-    block_m = min(128, max(8, triton.next_power_of_2(M)))
-    least = 8 // min(layout.PLANES[bits])  # a block of the narrowest plane
-    found = Config(128, block_m, max(least, 8 if few else 4), 1, 4 if few else 8, 4)
-    if found.shared(bits) > shared and found.runs > max(least, 4):
-        found = replace(found, runs=max(least, 4))
-    while found.shared(bits) > shared and found.stages > 2:
+def choose(m: int, n: int, k: int, bits: int, arch: int) -> Config:
+    """The form for `m` tokens and a weight `[n, k]` of `bits` bits: a rule by what programs can hold, not yet checked against a clock."""
+    device = DEVICES[max((known for known in DEVICES if known <= arch), default=min(DEVICES))]
+    few, runs = m <= FEW, runs_of(bits, 1)
+    found = Config("linear", min(128, max(8, triton.next_power_of_2(m))), 128, max(1, (8 if few else 4) // runs), 1, 4 if few else 8, 4)
+    while shared(found, bits) > device.shared and found.stages > 2:
         found = replace(found, stages=found.stages - 1)
-    tiles = triton.cdiv(N, found.block_n) * triton.cdiv(M, block_m)
-    steps = triton.cdiv(K, layout.LANES * found.runs)
-    return replace(found, splits=max(1, min(2 * processors // tiles, steps // 4)) if few else 1)
+    while shared(found, bits) > device.shared:
+        found = replace(found, spans=1, tile_m=found.tile_m if found.spans > 1 else found.tile_m // 2)
+    tiles = triton.cdiv(n, found.tile_n) * triton.cdiv(m, found.tile_m)
+    steps = triton.cdiv(k, layout.LANES * runs_of(bits, found.spans))
+    return replace(found, split=max(1, min(2 * device.processors // tiles, steps // 4)))
+
+
+def runs_of(bits: int, spans: int) -> int:
+    """Runs of 32 k in so many blocks of the narrowest plane."""
+    return spans * 8 // min(layout.PLANES[bits])
+
+
+def shared(config: Config, bits: int) -> int:
+    """Bytes of shared memory that steps in flight take."""
+    return config.stages * runs_of(bits, config.spans) * layout.LANES * (config.tile_n * bits // 8 + config.tile_m)
 
 
 def packed_linear_int8(
@@ -81,11 +76,12 @@ def packed_linear_int8(
     delta = -centre if zero is not None else int(delta) - centre
     x = codes.reshape(-1, K).contiguous()
     M = len(x)
-    cut = config or choose(M, N, K, bits, *_device(codes))
-    steps, splits = _parts(K, cut, grouped, zero is not None or input_zero is not None or delta != 0)
+    form = config or choose(M, N, K, bits, arch_of(codes))
+    runs = runs_of(bits, form.spans)
+    steps, splits = parts_of(K, runs, form.split, grouped, zero is not None or input_zero is not None or delta != 0)
     parts = torch.empty(splits, M, N, dtype=torch.float32 if grouped else torch.int32, device=x.device) if splits > 1 else out
     none = scale  # in the place of a pointer that is not read
-    linear_kernel[(triton.cdiv(N, cut.block_n), triton.cdiv(M, cut.block_m), splits)](
+    linear_kernel[(triton.cdiv(N, form.tile_n), triton.cdiv(M, form.tile_m), splits)](
         x,
         input_scale,
         none if input_zero is None else input_zero,
@@ -101,23 +97,23 @@ def packed_linear_int8(
         BITS=bits,
         PLANES=layout.PLANES[bits],
         GROUP=group if grouped else 0,
-        FLUSH=math.gcd(group // layout.LANES, cut.runs) if grouped else 0,
+        FLUSH=math.gcd(group // layout.LANES, runs) if grouped else 0,
         DELTA=delta,
         ZERO=zero is not None,
         CENTRED=zero is None and delta == 0,
         INPUT_ZERO=input_zero is not None,
         TOKENS=int(input_scale.numel() > 1),
         BIAS=bias is not None,
-        EVEN=K % (layout.LANES * cut.runs) == 0,
+        EVEN=K % (layout.LANES * runs) == 0,
         SPLIT=splits > 1,
-        RUNS=cut.runs,
-        BLOCK_N=cut.block_n,
-        BLOCK_M=cut.block_m,
-        num_warps=cut.warps,
-        num_stages=cut.stages,
+        RUNS=runs,
+        BLOCK_N=form.tile_n,
+        BLOCK_M=form.tile_m,
+        num_warps=form.warps,
+        num_stages=form.stages,
     )
     if splits > 1:
-        sum_kernel[(triton.cdiv(M * N, 512),)](
+        sum_kernel[(triton.cdiv(M * N, SUMMED),)](
             parts,
             input_scale,
             scale,
@@ -130,22 +126,15 @@ def packed_linear_int8(
             GROUPED=grouped,
             TOKENS=int(input_scale.numel() > 1),
             BIAS=bias is not None,
-            BLOCK=512,
+            BLOCK=SUMMED,
         )
     return out
 
 
-def _parts(K: int, cut: Config, grouped: bool, zeros: bool) -> tuple[int, int]:
+def parts_of(K: int, runs: int, split: int, grouped: bool, zeros: bool) -> tuple[int, int]:
     """Steps of a part of K, and how many parts: no more than asked, unless a sum over a part could leave 32 bits."""
-    step = layout.LANES * cut.runs
-    steps = triton.cdiv(triton.cdiv(K, step), cut.splits)
+    step = layout.LANES * runs
+    steps = triton.cdiv(triton.cdiv(K, step), split)
     if not grouped:
-        steps = min(steps, max(1, (EXACT_WITH_ZEROS if zeros else EXACT) // step - 1))
+        steps = min(steps, ((EXACT_WITH_ZEROS if zeros else EXACT) - 1) // step)
     return steps, triton.cdiv(triton.cdiv(K, step), steps)
-
-
-def _device(x: Tensor) -> tuple[int, int]:
-    if INTERPRETED.value:
-        return SHARED, PROCESSORS
-    properties = torch.cuda.get_device_properties(x.device)
-    return properties.shared_memory_per_block_optin, properties.multi_processor_count

@@ -13,7 +13,7 @@ stay out of the loop. A long `K` is split: parts go to a buffer that a second ke
 import triton
 import triton.language as tl
 
-from backends.triton_gpu.kernels.int8_operand import LANES, block_words, operand, opens, slots
+from backends.triton_gpu.kernels.int8_operand import LANES, block_words, opens, operand, slots
 from backends.triton_gpu.kernels.rounding import cast
 
 ONES = tl.constexpr(16)  # columns of the ones that sum weights

@@ -1,4 +1,4 @@
-"""What Triton and ptxas made of a kernel, ahead of time and without a GPU: registers, spills, shared memory and the instructions of its loops."""
+"""What Triton and ptxas make of a kernel, without a GPU: registers, spills, shared memory and the instructions of its loops."""
 
 import os
 import re
@@ -123,14 +123,15 @@ def compiled(
         file.flush()
         usage = re.search(r"REG:(\d+)", _run("cuobjdump", "-res-usage", file.name))
         text = _run("nvdisasm", "-c", file.name)
-    return MachineCode(tuple(_parsed(text)), int(usage[1]) if usage else 0, made.metadata.shared)
+    return MachineCode(tuple(parsed(text)), int(usage[1]) if usage else 0, made.metadata.shared)
 
 
 def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def _parsed(text: str) -> list[Instruction | str]:
+def parsed(text: str) -> list[Instruction | str]:
+    """Instructions and labels of what `nvdisasm -c` prints."""
     lines: list[Instruction | str] = []
     for line in text.splitlines():
         if label := _LABEL.match(line):

@@ -32,6 +32,7 @@ class Entry:
         odd: arguments that are not multiples of 16.
         bits: of a weight, and
         config: the form, of entries that `select` may choose.
+        fusion: of products and sums into one rounding.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Entry:
     odd: frozenset[str] = field(default_factory=frozenset)
     bits: int = 0
     config: Config | None = None
+    fusion: bool = True
 
 
 # tile M: tile N, stages, tiles of 32 in a product on Hopper, whether scales go before the product
@@ -108,4 +110,6 @@ TABLE: tuple[Callable[[int], Iterator[Entry]], ...] = (packed_linear, dequantize
 
 
 def entries(arch: int) -> list[Entry]:
-    return [entry for made in TABLE for entry in made(arch)]
+    from tools import int8_entries  # noqa: PLC0415 - it makes entries, and so imports this file
+
+    return [entry for made in (*TABLE, *int8_entries.TABLE) for entry in made(arch)]

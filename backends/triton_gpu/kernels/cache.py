@@ -17,7 +17,7 @@ from ir.errors import OptionError
 ELEMENTS = 4096  # of a tile, about
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def quantize_kernel(
     x,
     packed,
@@ -77,7 +77,7 @@ def _of_codes(values, k, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.con
     return tl.reshape(tl.gather(values, flat, 1), (ROWS, k.shape[0], k.shape[1]))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def dequantize_kernel(
     packed,
     scale,
@@ -122,7 +122,7 @@ def quantize_cache(x: Tensor, encoding: str, scale_dtype: torch.dtype | None = N
     packed = torch.empty([*x.shape[:-1], width // per_byte], dtype=torch.uint8, device=x.device)
     scale = torch.empty([*x.shape[:-1], blocks], dtype=scale_dtype or torch.float32, device=x.device)
     zero = torch.empty([*x.shape[:-1], blocks], dtype=torch.uint8, device=x.device)
-    count, rows = x.numel() // width, _rows(width)
+    count, rows = x.numel() // width, rows_of(width)
     if count:
         quantize_kernel[(triton.cdiv(count, rows),)](
             x.contiguous(),
@@ -156,7 +156,7 @@ def dequantize_cache(packed: Tensor, scale: Tensor, zero: Tensor | None, encodin
     kind = Codes.of(stated, dtype)
     width, per_byte, block, blocks = _sizes(stated, packed.shape[-1] * packing.per_byte(stated))
     out = torch.empty([*packed.shape[:-1], width], dtype=dtype, device=packed.device)
-    count, rows = out.numel() // width, _rows(width)
+    count, rows = out.numel() // width, rows_of(width)
     zeros = not kind.symmetric and zero is not None
     if count:
         dequantize_kernel[(triton.cdiv(count, rows),)](
@@ -186,5 +186,6 @@ def _sizes(encoding: Encoding, width: int) -> tuple[int, int, int, int]:
     return width, per_byte, block, -(-width // block)
 
 
-def _rows(width: int) -> int:
+def rows_of(width: int) -> int:
+    """Rows of a tile."""
     return max(1, ELEMENTS // (1 << (width - 1).bit_length()))

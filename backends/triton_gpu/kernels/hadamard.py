@@ -168,6 +168,11 @@ def hadamard_quantize_rows(x: Tensor, block: int, encoding: str) -> Rows:
     return made
 
 
+def warps_of(tiles: int) -> int:
+    """Warps of a program: as few as hold its tiles in registers."""
+    return 4 if tiles == 1 else 8
+
+
 def _launch(x: Tensor, block: int, made: Rows, rows: int, tiles: int, kind: Codes | None) -> None:
     count, K = x.shape
     hadamard_kernel[(count, triton.cdiv(K, tiles * rows * 64))](
@@ -185,6 +190,6 @@ def _launch(x: Tensor, block: int, made: Rows, rows: int, tiles: int, kind: Code
         ORDER=block,
         ROWS=rows,
         TILES=tiles,
-        num_warps=4 if tiles == 1 else 8,
+        num_warps=warps_of(tiles),
         enable_fp_fusion=False,
     )

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -27,10 +28,12 @@ def choose(bits: int, m: int, n: int, k: int, group: int, arch: int, zeros: bool
     far as there is one for every processor, and registers for sums of groups, those of zero points too, beside their total.
     """
     device = DEVICES[max((known for known in DEVICES if known <= arch), default=min(DEVICES))]
-    few = m <= FEW
-    tile_m = min(64 if zeros and group < k else 128, max(8, triton.next_power_of_2(m)))
+    few, least = m <= FEW, runs_of(bits, 1)
+    greatest = 128 if group >= k or not zeros else 64 if least < 8 else 16
+    tile_m = min(greatest, max(8, triton.next_power_of_2(m)))
     wide = not few and group >= k and triton.cdiv(n, 256) * triton.cdiv(m, tile_m) >= device.processors
-    found = Config("linear", tile_m, 256 if wide else 128, max(1, (8 if few else 4) // runs_of(bits, 1)), 1, 4 if few else 8, 4)
+    runs, warps = (8, 4) if few and (tile_m < 64 or greatest == 128) else (4, 8 if tile_m > 16 else 4)
+    found = Config("linear", tile_m, 256 if wide else 128, max(1, runs // least), 1, warps, 4)
     for field, most in SMALLER:
         if shared(found, bits) > device.shared:
             found = replace(found, **{field: min(most, getattr(found, field))})
@@ -72,70 +75,49 @@ def packed_linear_int8(
     out = torch.empty(*codes.shape[:-1], N, dtype=dtype, device=codes.device)
     if not out.numel():
         return out
-    grouped = group < K
-    if grouped and group % layout.LANES:
-        raise OptionError(f"the int8 kernel scales groups of a multiple of {layout.LANES} columns, not of {group}")
-    delta = 2.0 ** (8 - bits) * offset
-    if zero is None and delta != int(delta):
-        raise OptionError(f"the int8 kernel takes offsets in steps of {2.0 ** (bits - 8)} at {bits} bits, not {offset}")
-    centre = 64 if bits == 1 else 128
-    delta = -centre if zero is not None else int(delta) - centre
     x = codes.reshape(-1, K).contiguous()
     M = len(x)
-    zeros = zero is not None or input_zero is not None or delta != 0
-    form = config or choose(bits, M, N, K, group, arch_of(codes), zeros)
-    runs = runs_of(bits, form.spans)
-    steps, splits = parts_of(K, runs, form.split, grouped, zeros)
-    parts = torch.empty(splits, M, N, dtype=torch.float32 if grouped else torch.int32, device=x.device) if splits > 1 else out
+    zeros = (zero is not None, input_zero is not None)
+    form = config or choose(bits, M, N, K, group, arch_of(codes), any(zeros))
+    fixed = constants(bits, K, group, offset, zeros, input_scale.numel() > 1, bias is not None, form)
+    steps, splits = parts_of(K, fixed["RUNS"], form.split, group < K, not fixed["CENTRED"] or zeros[1])
+    kind = torch.float32 if group < K else torch.int32
+    parts = torch.empty(splits, M, N, dtype=kind, device=x.device) if splits > 1 else out
     none = scale  # in the place of a pointer that is not read
+    pointers = (none if input_zero is None else input_zero, *[*planes, *[none] * (3 - len(planes))], scale)
+    further = (none if zero is None else zero, none if bias is None else bias)
     linear_kernel[(triton.cdiv(N, form.tile_n), triton.cdiv(M, form.tile_m), splits)](
-        x,
-        input_scale,
-        none if input_zero is None else input_zero,
-        *[*planes, *[none] * (3 - len(planes))],
-        scale,
-        none if zero is None else zero,
-        none if bias is None else bias,
-        parts,
-        M,
-        N,
-        K,
-        steps,
-        BITS=bits,
-        PLANES=layout.PLANES[bits],
-        GROUP=group if grouped else 0,
-        FLUSH=math.gcd(group // layout.LANES, runs) if grouped else 0,
-        DELTA=delta,
-        ZERO=zero is not None,
-        CENTRED=zero is None and delta == 0,
-        INPUT_ZERO=input_zero is not None,
-        TOKENS=int(input_scale.numel() > 1),
-        BIAS=bias is not None,
-        EVEN=K % (layout.LANES * runs) == 0,
-        SPLIT=splits > 1,
-        RUNS=runs,
-        BLOCK_N=form.tile_n,
-        BLOCK_M=form.tile_m,
-        num_warps=form.warps,
-        num_stages=form.stages,
-    )
+        x, input_scale, *pointers, *further, parts, M, N, K, steps,
+        **fixed, SPLIT=splits > 1, num_warps=form.warps, num_stages=form.stages,
+    )  # fmt: skip
     if splits > 1:
         sum_kernel[(triton.cdiv(M * N, SUMMED),)](
-            parts,
-            input_scale,
-            scale,
-            none if bias is None else bias,
-            out,
-            M,
-            N,
-            splits,
-            BITS=bits,
-            GROUPED=grouped,
-            TOKENS=int(input_scale.numel() > 1),
-            BIAS=bias is not None,
-            BLOCK=SUMMED,
-        )
+            parts, input_scale, scale, further[1], out, M, N, splits,
+            **{name: fixed[name] for name in ("BITS", "GROUP", "TOKENS", "BIAS")}, BLOCK=SUMMED,
+        )  # fmt: skip
     return out
+
+
+def constants(
+    bits: int, k: int, group: int, offset: float, zeros: tuple[bool, bool], tokens: bool, bias: bool, form: Config
+) -> dict[str, Any]:
+    """The constant arguments of `linear_kernel`, but for `SPLIT`; `zeros` of weights and of activations.
+
+    Raises:
+        OptionError: groups are no multiple of 32, or the offset none of `2^(bits−8)`.
+    """
+    if group < k and group % layout.LANES:
+        raise OptionError(f"the int8 kernel scales groups of a multiple of {layout.LANES} columns, not of {group}")
+    delta = 0.0 if zeros[0] else 2.0 ** (8 - bits) * offset
+    if delta != int(delta):
+        raise OptionError(f"the int8 kernel takes offsets in steps of {2.0 ** (bits - 8)} at {bits} bits, not {offset}")
+    delta, runs = int(delta) - (64 if bits == 1 else 128), runs_of(bits, form.spans)
+    return {
+        "BITS": bits, "PLANES": layout.PLANES[bits], "RUNS": runs, "BLOCK_N": form.tile_n, "BLOCK_M": form.tile_m,
+        "GROUP": group if group < k else 0, "FLUSH": math.gcd(group // layout.LANES, runs) if group < k else 0,
+        "DELTA": delta, "ZERO": zeros[0], "CENTRED": not zeros[0] and delta == 0, "INPUT_ZERO": zeros[1],
+        "TOKENS": int(tokens), "BIAS": bias, "EVEN": k % (layout.LANES * runs) == 0,
+    }  # fmt: skip
 
 
 def parts_of(K: int, runs: int, split: int, grouped: bool, zeros: bool) -> tuple[int, int]:

@@ -16,7 +16,7 @@ import triton.language as tl
 from backends.triton_gpu.kernels.int8_operand import LANES, block_words, opens, operand, slots
 from backends.triton_gpu.kernels.rounding import cast
 
-ONES = tl.constexpr(16)  # columns of the ones that sum weights
+ONES = tl.constexpr(8)  # columns of the ones that sum weights
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def sum_kernel(
     N,
     splits,
     BITS: tl.constexpr,
-    GROUPED: tl.constexpr,
+    GROUP: tl.constexpr,
     TOKENS: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -167,11 +167,11 @@ def sum_kernel(
     """What `linear_kernel` leaves in `parts [splits, M, N]`, added up, integers exactly, and scaled: `BLOCK` elements of `out [M, N]`."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < M * N
-    total = tl.zeros((BLOCK,), tl.float32 if GROUPED else tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32 if GROUP else tl.int64)
     for split in range(splits):
         total += tl.load(parts + split * M.to(tl.int64) * N + at, mask=inside, other=0).to(total.dtype)
     near = tl.where(inside, at, 0)
     n = near % N
-    value = total if GROUPED else total.to(tl.float32) * tl.load(scale + n).to(tl.float32)
+    value = total if GROUP else total.to(tl.float32) * tl.load(scale + n).to(tl.float32)
     value = _finished(value, input_scale, bias, near // N, n, BITS, TOKENS, BIAS)
     tl.store(out + at, cast(value, out.dtype.element_ty), mask=inside)

@@ -86,6 +86,11 @@ def empty(x: Tensor) -> Rows:
     return codes, torch.empty(one, dtype=torch.float32, device=x.device), torch.empty(one, dtype=torch.int8, device=x.device)
 
 
+def warps_of(block: int) -> int:
+    """Warps of a row: sixteen values a thread."""
+    return min(16, max(1, block // 512))
+
+
 def _launch(x: Tensor, weight: Tensor | None, eps: float, encoding: str, *, norm: bool) -> Rows:
     kind = one_scale(encoding, x.dtype)
     made = empty(x)
@@ -107,7 +112,7 @@ def _launch(x: Tensor, weight: Tensor | None, eps: float, encoding: str, *, norm
         CLIP=kind.clip,
         SYMMETRIC=kind.symmetric,
         BLOCK=block,
-        num_warps=min(16, max(1, block // 512)),
+        num_warps=warps_of(block),
         enable_fp_fusion=False,
     )
     return made

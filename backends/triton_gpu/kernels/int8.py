@@ -79,7 +79,7 @@ def packed_linear_int8(
     M = len(x)
     zeros = (zero is not None, input_zero is not None)
     form = config or choose(bits, M, N, K, group, arch_of(codes), any(zeros))
-    fixed = constants(bits, K, group, offset, zeros, input_scale.numel() > 1, bias is not None, form)
+    fixed = constants(bits, K, group, offset, zeros, input_scale.numel() == M, bias is not None, form)
     steps, splits = parts_of(K, fixed["RUNS"], form.split, group < K, not fixed["CENTRED"] or zeros[1])
     kind = torch.float32 if group < K else torch.int32
     parts = torch.empty(splits, M, N, dtype=kind, device=x.device) if splits > 1 else out

@@ -13,7 +13,7 @@ codes are signed ones of `bits` bits, and it has no kernel: its body runs on eve
 import torch
 from torch import Tensor
 
-from ir import hadamard, numerics
+from ir import hadamard, numerics, ops
 from ir.encoding import Encoding, Int
 
 SHIFT = 128  # of unsigned codes, to be int8
@@ -50,6 +50,13 @@ def _(x: Tensor, encoding: str) -> Rows:
     return _like(x)
 
 
+@quantize_rows.register_kernel("cuda")
+def _(x: Tensor, encoding: str) -> Rows:
+    from backends.triton_gpu.kernels import rows
+
+    return rows.quantize_rows(x, encoding)
+
+
 @torch.library.custom_op("fxpress::hadamard_quantize_rows", mutates_args=(), device_types="cpu")
 def hadamard_quantize_rows(x: Tensor, block: int, encoding: str) -> Rows:
     """`quantize_rows` of `fxpress::hadamard(x, block)`, whose result is rounded to the dtype of `x` first."""
@@ -59,6 +66,13 @@ def hadamard_quantize_rows(x: Tensor, block: int, encoding: str) -> Rows:
 @hadamard_quantize_rows.register_fake
 def _(x: Tensor, block: int, encoding: str) -> Rows:
     return _like(x)
+
+
+@hadamard_quantize_rows.register_kernel("cuda")
+def _(x: Tensor, block: int, encoding: str) -> Rows:
+    from backends.triton_gpu.kernels import hadamard
+
+    return hadamard.hadamard_quantize_rows(x, block, encoding)
 
 
 @torch.library.custom_op("fxpress::norm_quantize_rows", mutates_args=(), device_types="cpu")
@@ -83,6 +97,20 @@ def quantize_static(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int) ->
 @quantize_static.register_fake
 def _(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.int8)
+
+
+@norm_quantize_rows.register_kernel("cuda")
+def _(x: Tensor, weight: Tensor | None, eps: float, encoding: str) -> Rows:
+    from backends.triton_gpu.kernels import rows
+
+    return rows.norm_quantize_rows(x, weight, eps, encoding)
+
+
+@ops.hadamard.register_kernel("cuda")
+def _(x: Tensor, block: int) -> Tensor:
+    from backends.triton_gpu.kernels import hadamard
+
+    return hadamard.hadamard(x, block)
 
 
 QUANTIZE_ROWS = torch.ops.fxpress.quantize_rows.default

@@ -70,10 +70,11 @@ def cases(of: Cases) -> Iterator[Case]:
 
 
 class Outcome(NamedTuple):
-    """A case, and what is wrong; empty if nothing is."""
+    """A case, and what is wrong, empty if nothing is; whether an error was raised."""
 
     case: str
     wrong: str
+    raised: bool = False
 
 
 def outcome(case: Case, seed: int, device: torch.device) -> Outcome:
@@ -81,7 +82,7 @@ def outcome(case: Case, seed: int, device: torch.device) -> Outcome:
     try:
         return Outcome(described(case), check(case, seed, device))
     except Exception as error:
-        return Outcome(described(case), f"{type(error).__name__}: {error}")
+        return Outcome(described(case), f"{type(error).__name__}: {error}", raised=True)
 
 
 def run(found: Iterable[Case], seed: int, device: torch.device, workers: int, budget: Budget) -> list[Outcome]:
@@ -111,5 +112,5 @@ def _part(part: list[Case], seeds: list[int], device: torch.device) -> list[Outc
     outcomes: list[Outcome] = []
     for case, seed in zip(part, seeds, strict=True):
         lost = bool(outcomes) and (LOST in outcomes[-1].wrong)  # a GPU that a kernel broke answers this process nothing any more
-        outcomes.append(Outcome(described(case), f"not run, after {LOST}") if lost else outcome(case, seed, device))
+        outcomes.append(Outcome(described(case), f"not run, after {LOST}", raised=True) if lost else outcome(case, seed, device))
     return outcomes

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,6 @@ from tools.gpu.timing import copies
 ENCODING = "i8[1,-1]dynamic"  # of int8 activations
 JUDGED = 128  # rows of a weight that a peer is judged by
 Product = Callable[[], Tensor]
-Launch = Callable[[Linear, Inputs], Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,14 @@ def operator(case: Linear, given: Inputs) -> Tensor:
     return case.call(given)[0]
 
 
-def ours(problem: Problem, given: Inputs, launch: Launch = operator) -> list[Product]:
-    """Calls of `launch`, as many as there are copies of the weight."""
-    case = problem.case
-    turns = [given | {"planes": [each.clone() for each in given["planes"]]} for _ in range(copies(problem.stored))]
-    return [lambda turn=turn: launch(case, turn) for turn in turns]
+def turns(problem: Problem, given: Inputs) -> list[Inputs]:
+    """Inputs with copies of the weight, as many as a graph goes round."""
+    return [given | {"planes": [each.clone() for each in given["planes"]]} for _ in range(copies(problem.stored))]
+
+
+def ours(problem: Problem, given: Inputs) -> list[Product]:
+    """Calls of our operator, each with a copy of the weight."""
+    return [partial(operator, problem.case, turn) for turn in turns(problem, given)]
 
 
 def rotation(M: int, K: int, dtype: torch.dtype) -> Rows:

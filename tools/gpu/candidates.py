@@ -1,0 +1,153 @@
+"""Which forms of a kernel are tried for a problem: those that the model takes for best, and those that differ from them in one field.
+
+A kernel that can be tuned is a row of `TUNED`: its launcher, which takes a form as `config=`, where the search starts, and what is varied.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backends.triton_gpu import select
+from ir.errors import DataError
+from tools.gpu.checks import Inputs, Linear
+from tools.gpu.problems import Problem
+
+STARTS = 2  # of the model
+WHOLE_FROM = 64  # tokens from which a weight written out is tried too
+CHECKED = (512, 4096)  # N, K of the weight that a form is checked with: tiles divide them, as they do the timed ones
+SMALL = (16, 256)  # the same on a CPU
+Config = Any  # a frozen dataclass of the kernel's
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A kernel with forms.
+
+    Attributes:
+        name: of the operator, as the table says it.
+        form: gives the dataclass of forms.
+        launch: the launcher, given a form.
+        starts: forms to begin with, for a problem and an architecture such as 90.
+        varied: values that each field is given, one field at a time.
+        split: the field that says into how many parts k is cut.
+    """
+
+    name: str
+    form: Callable[[], type[Config]]
+    launch: Callable[[Linear, Inputs, Config], Tensor]
+    starts: Callable[[Problem, int], list[Config]]
+    varied: Mapping[str, Sequence[object]]
+    split: str
+
+
+def candidates(tuned: Tuned, problem: Problem, arch: int, known: Config | None = None) -> list[Config]:
+    """Forms to try, none twice: those around `known`, which was the fastest once, and around the model's best."""
+    found: dict[Config, None] = {}
+    for start in [*([known] if known else []), *tuned.starts(problem, arch)]:
+        found |= dict.fromkeys(_around(start, tuned))
+    whole = [select.Config("dequantize")] if not problem.case.int8 and problem.M >= WHOLE_FROM else []
+    return list(dict.fromkeys([*found, *whole]))
+
+
+def _around(start: Config, tuned: Tuned) -> Iterator[Config]:
+    """A form, and those that differ from it in one field."""
+    yield start
+    if getattr(start, "kernel", "") == "dequantize":
+        return
+    parts = getattr(start, tuned.split)
+    for name, values in {tuned.split: (max(1, parts // 2), 2 * parts), **tuned.varied}.items():
+        yield from (replace(start, **{name: value}) for value in values if value != getattr(start, name))
+
+
+def tuned_by(problem: Problem) -> Tuned:
+    """The kernel that runs a problem."""
+    return TUNED["packed_linear_int8" if problem.case.int8 else "packed_linear"]
+
+
+@dataclass(frozen=True)
+class Formed:
+    """A case whose operator is launched in a given form; on a CPU it is called as it is."""
+
+    case: Linear
+    config: Config
+    kernel: str
+
+    @classmethod
+    def of(cls, problem: Problem, config: Config, size: tuple[int, int] = CHECKED) -> "Formed":
+        """The problem on a weight of another size `(N, K)`."""
+        N, K = size
+        group = K if problem.format.group == -1 else problem.format.group
+        return cls(replace(problem.case, N=N, K=K, group=group), config, tuned_by(problem).name)
+
+    def inputs(self, draw: torch.Generator) -> Inputs:
+        return self.case.inputs(draw)
+
+    def call(self, given: Inputs) -> tuple[Tensor, ...]:
+        return (TUNED[self.kernel].launch(self.case, given, self.config),) if given["x"].is_cuda else self.case.call(given)
+
+    def judge(self, given: Inputs, made: tuple[Tensor, ...]) -> str:
+        return self.case.judge(given, made)
+
+
+def config_of(tuned: Tuned, options: Mapping[str, object]) -> Config:
+    """A form that a table has."""
+    return tuned.form()(**options)
+
+
+def _linear(case: Linear, given: Inputs, config: Config) -> Tensor:
+    from backends.triton_gpu.kernels.weight_only import linear  # noqa: PLC0415 (kernels are imported when they are launched)
+
+    weight = (given[name] for name in ("planes", "scale", "zero", "bias"))
+    return linear(given["x"], *weight, case.bits, case.group, case.offset, config=config)
+
+
+def _int8(case: Linear, given: Inputs, config: Config) -> Tensor:
+    from backends.triton_gpu.kernels.int8 import packed_linear_int8  # noqa: PLC0415
+
+    names = ("x", "input_scale", "input_zero", "planes", "scale", "zero", "bias")
+    return packed_linear_int8(*(given[name] for name in names), case.bits, case.group, case.offset, case.dtype, config=config)
+
+
+def _linear_starts(problem: Problem, arch: int) -> list[Config]:
+    shape = (problem.M, problem.N, problem.K)
+    best: dict[Config, float] = {}
+    for form in select.forms(arch, problem.format.bits):
+        splits = [replace(form.config, split=split) for split in select.SPLITS]
+        times = {config: select.estimate(form, *shape, config) for config in splits}
+        fastest = min(times, key=times.__getitem__)
+        best[fastest] = times[fastest]
+    if not best:
+        raise DataError(
+            f"there are no forms of {problem.format.bits} bits for sm_{arch}",
+            where="backends/triton_gpu/configs.json",
+            remedy="python -m tools.kernel_counts --write",
+        )
+    return sorted(best, key=best.__getitem__)[:STARTS]
+
+
+def _int8_starts(problem: Problem, arch: int) -> list[Config]:
+    from backends.triton_gpu.kernels import int8  # noqa: PLC0415
+
+    first = int8.choose(problem.M, problem.N, problem.K, problem.format.bits, select.DEVICES[arch].shared)
+    return [first, replace(first, block_m=max(8, first.block_m // 2))]
+
+
+def _int8_form() -> type[Config]:
+    from backends.triton_gpu.kernels.int8 import Config as Found  # noqa: PLC0415
+
+    return Found
+
+
+OF_BOTH = {"warps": (4, 8), "stages": (2, 3, 4, 5)}
+OF_LINEAR = {"tile_n": (64, 128, 256), "spans": (1, 2, 4), "depth": (1, 2, 4), "before": (False, True), **OF_BOTH}
+OF_INT8 = {"block_n": (64, 128, 256), "runs": (2, 4, 8, 16), **OF_BOTH}
+TUNED = {
+    each.name: each
+    for each in (
+        Tuned("packed_linear", lambda: select.Config, _linear, _linear_starts, OF_LINEAR, "split"),
+        Tuned("packed_linear_int8", _int8_form, _int8, _int8_starts, OF_INT8, "splits"),
+    )
+}

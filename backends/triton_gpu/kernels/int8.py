@@ -1,0 +1,140 @@
+"""The launcher of `fxpress::packed_linear_int8`."""
+
+import math
+from dataclasses import replace
+
+import torch
+import triton
+from torch import Tensor
+
+from backends.triton_gpu import layout
+from backends.triton_gpu.kernels.int8_kernels import linear_kernel, sum_kernel
+from backends.triton_gpu.kernels.launch import arch_of
+from backends.triton_gpu.select import DEVICES, Config
+from ir.errors import OptionError
+
+# A sum of 32 bits holds fewer products than these: of centred codes with activations, and of those with zero points on both sides.
+EXACT, EXACT_WITH_ZEROS = 2**17, 2**15
+FEW = 64  # tokens up to which a program has one warp group
+SUMMED = 512  # outputs of a program that adds parts
+
+
+def choose(m: int, n: int, k: int, bits: int, arch: int) -> Config:
+    """The form for `m` tokens and a weight `[n, k]` of `bits` bits: a rule by what programs can hold, not yet checked against a clock."""
+    device = DEVICES[max((known for known in DEVICES if known <= arch), default=min(DEVICES))]
+    few, runs = m <= FEW, runs_of(bits, 1)
+    found = Config("linear", min(128, max(8, triton.next_power_of_2(m))), 128, max(1, (8 if few else 4) // runs), 1, 4 if few else 8, 4)
+    while shared(found, bits) > device.shared and found.stages > 2:
+        found = replace(found, stages=found.stages - 1)
+    while shared(found, bits) > device.shared:
+        found = replace(found, spans=1, tile_m=found.tile_m if found.spans > 1 else found.tile_m // 2)
+    tiles = triton.cdiv(n, found.tile_n) * triton.cdiv(m, found.tile_m)
+    steps = triton.cdiv(k, layout.LANES * runs_of(bits, found.spans))
+    return replace(found, split=max(1, min(2 * device.processors // tiles, steps // 4)))
+
+
+def runs_of(bits: int, spans: int) -> int:
+    """Runs of 32 k in so many blocks of the narrowest plane."""
+    return spans * 8 // min(layout.PLANES[bits])
+
+
+def shared(config: Config, bits: int) -> int:
+    """Bytes of shared memory that steps in flight take."""
+    return config.stages * runs_of(bits, config.spans) * layout.LANES * (config.tile_n * bits // 8 + config.tile_m)
+
+
+def packed_linear_int8(
+    codes: Tensor,
+    input_scale: Tensor,
+    input_zero: Tensor | None,
+    planes: list[Tensor],
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    offset: float,
+    dtype: torch.dtype,
+    config: Config | None = None,
+) -> Tensor:
+    """The kernel of the operator of this name; `config` replaces the chosen configuration.
+
+    Raises:
+        OptionError: groups are no multiple of 32, or the offset none of `2^(bits−8)`.
+    """
+    K, N = codes.shape[-1], scale.shape[1]
+    out = torch.empty(*codes.shape[:-1], N, dtype=dtype, device=codes.device)
+    if not out.numel():
+        return out
+    grouped = group < K
+    if grouped and group % layout.LANES:
+        raise OptionError(f"the int8 kernel scales groups of a multiple of {layout.LANES} columns, not of {group}")
+    delta = 2.0 ** (8 - bits) * offset
+    if zero is None and delta != int(delta):
+        raise OptionError(f"the int8 kernel takes offsets in steps of {2.0 ** (bits - 8)} at {bits} bits, not {offset}")
+    centre = 64 if bits == 1 else 128
+    delta = -centre if zero is not None else int(delta) - centre
+    x = codes.reshape(-1, K).contiguous()
+    M = len(x)
+    form = config or choose(M, N, K, bits, arch_of(codes))
+    runs = runs_of(bits, form.spans)
+    steps, splits = parts_of(K, runs, form.split, grouped, zero is not None or input_zero is not None or delta != 0)
+    parts = torch.empty(splits, M, N, dtype=torch.float32 if grouped else torch.int32, device=x.device) if splits > 1 else out
+    none = scale  # in the place of a pointer that is not read
+    linear_kernel[(triton.cdiv(N, form.tile_n), triton.cdiv(M, form.tile_m), splits)](
+        x,
+        input_scale,
+        none if input_zero is None else input_zero,
+        *[*planes, *[none] * (3 - len(planes))],
+        scale,
+        none if zero is None else zero,
+        none if bias is None else bias,
+        parts,
+        M,
+        N,
+        K,
+        steps,
+        BITS=bits,
+        PLANES=layout.PLANES[bits],
+        GROUP=group if grouped else 0,
+        FLUSH=math.gcd(group // layout.LANES, runs) if grouped else 0,
+        DELTA=delta,
+        ZERO=zero is not None,
+        CENTRED=zero is None and delta == 0,
+        INPUT_ZERO=input_zero is not None,
+        TOKENS=int(input_scale.numel() > 1),
+        BIAS=bias is not None,
+        EVEN=K % (layout.LANES * runs) == 0,
+        SPLIT=splits > 1,
+        RUNS=runs,
+        BLOCK_N=form.tile_n,
+        BLOCK_M=form.tile_m,
+        num_warps=form.warps,
+        num_stages=form.stages,
+    )
+    if splits > 1:
+        sum_kernel[(triton.cdiv(M * N, SUMMED),)](
+            parts,
+            input_scale,
+            scale,
+            none if bias is None else bias,
+            out,
+            M,
+            N,
+            splits,
+            BITS=bits,
+            GROUPED=grouped,
+            TOKENS=int(input_scale.numel() > 1),
+            BIAS=bias is not None,
+            BLOCK=SUMMED,
+        )
+    return out
+
+
+def parts_of(K: int, runs: int, split: int, grouped: bool, zeros: bool) -> tuple[int, int]:
+    """Steps of a part of K, and how many parts: no more than asked, unless a sum over a part could leave 32 bits."""
+    step = layout.LANES * runs
+    steps = triton.cdiv(triton.cdiv(K, step), split)
+    if not grouped:
+        steps = min(steps, ((EXACT_WITH_ZEROS if zeros else EXACT) - 1) // step)
+    return steps, triton.cdiv(triton.cdiv(K, step), steps)

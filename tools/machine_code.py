@@ -1,4 +1,4 @@
-"""What Triton and ptxas made of a kernel, ahead of time and without a GPU: registers, spills, shared memory and the instructions of its loops."""
+"""What Triton and ptxas make of a kernel, without a GPU: registers, spills, shared memory and the instructions of its loops."""
 
 import os
 import re

@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,8 +26,8 @@ from tools.gpu.cases import LARGE, LOST, SMALL, Outcome, cases, run
 from tools.gpu.checks import Inputs
 from tools.gpu.checks_rows import Rows
 from tools.gpu.problems import Problem, Product, operator, ours, rotation
-from tools.gpu.profile import profile
-from tools.gpu.report import Found, write
+from tools.gpu.profile import least, profile
+from tools.gpu.report import Found, Profile, write
 from tools.gpu.targets import BF16, OURS, ROTATION, ROTATION_TOKENS, TORCH, WIDE, Key, problems
 from tools.gpu.timing import Budget, Ceilings, Timing, timed
 from tools.peers.gpu_kernels import PACKAGES, PEERS, ROTATIONS, Absent, Rotation, torch_bf16
@@ -36,14 +36,14 @@ RESULTS = Path(__file__).parent / "results"
 RESERVED = 45.0  # seconds kept for the profile and the report
 
 
-def main() -> int:
-    options = _options()
+def main(arguments: Sequence[str]) -> int:
+    options = _options(arguments)
     budget = Budget(options.seconds)
     try:
         out = folder(options.out, options.dry)
         device = torch.device("cpu") if options.dry else timing.require_gpu()
         found = Found(
-            timing.environment(PACKAGES), shlex.join(["python", "-m", "tools.bench_kernels", *sys.argv[1:]]), options.dtype, options.seed
+            timing.environment(PACKAGES), shlex.join(["python", "-m", "tools.bench_kernels", *arguments]), options.dtype, options.seed
         )
         workers = 0 if options.dry else options.workers
         wrong = checked(found, device, workers, budget)
@@ -79,7 +79,7 @@ def checked(found: Found, device: torch.device, workers: int, budget: Budget) ->
     """What is wrong, of all cases."""
     every = list(cases(SMALL if device.type == "cpu" else LARGE))
     print(f"checking {len(every)} cases on {device} from seed {found.seed}", flush=True)
-    outcomes = run(every, found.seed, device, workers, budget)
+    outcomes = run(every, found.seed, device, workers, Budget(budget.left / 2))
     found.checked = len(outcomes)
     print(f"checked after {budget.used:.0f} s", flush=True)
     return [each for each in outcomes if each.wrong]
@@ -189,6 +189,8 @@ def made_up(found: Found) -> None:
         found.timings[key], found.moved[key] = _timing(1.5e6 * floor + 2), problem.moved
         found.timings[theirs] = _timing(max(2e6 * problem.K * problem.N / found.ceilings.copy, 1e6 * floor) + 2)
         found.timings[problem.key("gemlite")] = _timing(2.5e6 * floor + 2)
+    worst = [problem for problem in _problems(found) if problem.key(OURS) in found.worst()]
+    found.profiles = [Profile(problem.key(OURS), {"made_up_kernel": 1.0}, least(problem, found.ceilings, 90)) for problem in worst]
     found.absent["humming"] = {"not installed, in a dry run"}
     for M in ROTATION_TOKENS:
         found.timings[Key(ROTATION, WIDE[0], 0, M, OURS)] = _timing(2 + M / 100)
@@ -198,7 +200,7 @@ def _timing(median: float) -> Timing:
     return Timing(median, 0.02 * median, timing.REPLAYS)
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="a folder; tools/results if left out, and a temporary one with --dry")
     parser.add_argument("--seconds", type=float, default=540, help="that the whole run may take")
@@ -209,8 +211,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3)))
     parser.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 2)), help="processes that check")
     parser.add_argument("--dry", action="store_true", help="what a CPU can run, with made-up figures")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -23,11 +23,10 @@ from typing import Any
 
 import torch
 
-from backends.triton_gpu import select
 from ir.errors import FxpressError, OptionError
 from ir.files import appearing
 from tools.gpu import timing
-from tools.gpu.candidates import CHECKED, SMALL, Config, Formed, candidates, config_of, tuned_by
+from tools.gpu.candidates import CHECKED, SMALL, Config, Formed, architecture, candidates, config_of, tuned_by
 from tools.gpu.cases import LOST, run
 from tools.gpu.problems import Problem, turns
 from tools.gpu.targets import FORMATS, OURS, TOKENS, problems
@@ -36,6 +35,7 @@ from tools.gpu.timing import Budget, timed
 TABLE = Path(__file__).parents[1] / "backends" / "triton_gpu" / "configs.json"
 AGAIN = 3  # of the fastest forms are timed again
 RESERVED = 10.0  # seconds
+TRIED_DRY = 2  # forms of a problem
 DRY_TOKENS, DRY_FORMATS = (1, 64), ("W4A16", "W4A8")
 Row = dict[str, Any]
 Right = Mapping[Problem, Sequence[Config]]
@@ -54,13 +54,11 @@ class Here:
 
     @classmethod
     def now(cls) -> "Here":
-        major, minor = torch.cuda.get_device_capability()
-        arch = max((known for known in select.DEVICES if known <= 10 * major + minor), default=min(select.DEVICES))
-        return cls(torch.cuda.get_device_name(), arch, torch.__version__, timing.version("triton") or "unknown")
+        return cls(torch.cuda.get_device_name(), architecture(), torch.__version__, timing.version("triton") or "unknown")
 
 
-def main() -> int:
-    options = _options()
+def main(arguments: Sequence[str]) -> int:
+    options = _options(arguments)
     budget = Budget(options.seconds)
     try:
         path = place(options.out, options.dry)
@@ -97,7 +95,7 @@ def checked(
 ) -> tuple[dict[Problem, list[Config]], list[str]]:
     """Forms to time of each problem, those that compile and are right; and what is wrong. What was checked is compiled, on disk."""
     tried = {each: candidates(tuned_by(each), each, here.arch, _known(path, each, here)) for each in todo}
-    tried = {each: found if device.type == "cuda" else found[:2] for each, found in tried.items()}
+    tried = {each: found if device.type == "cuda" else found[:TRIED_DRY] for each, found in tried.items()}
     size = CHECKED if device.type == "cuda" else SMALL
     cases = {Formed.of(each, config, size): None for each, found in tried.items() for config in found}
     outcomes = dict(zip(cases, run(cases, int.from_bytes(os.urandom(3)), device, workers, Budget(0.6 * budget.left)), strict=True))
@@ -107,9 +105,7 @@ def checked(
     return right, [f"{each.case}: {each.wrong}" for each in outcomes.values() if each.wrong and (not each.raised or LOST in each.wrong)]
 
 
-def tune(
-    right: Right, here: Here, path: Path, clock: Clock, budget: Budget
-) -> list[str]:
+def tune(right: Right, here: Here, path: Path, clock: Clock, budget: Budget) -> list[str]:
     """Time, and write the fastest, problem after problem; what is wrong, in words."""
     wrong = []
     for problem, found in right.items():
@@ -185,7 +181,7 @@ def _known(path: Path, problem: Problem, here: Here) -> Config | None:
     return config_of(tuned_by(problem), row["config"]) if row else None
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="another table to go on with; the library's if left out")
     parser.add_argument("--seconds", type=float, default=540, help="that the whole run may take")
@@ -194,11 +190,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=max(1, min(14, (os.cpu_count() or 2) - 2)), help="processes that compile and check")
     parser.add_argument("--again", action="store_true", help="problems that are in the table too")
     parser.add_argument("--dry", action="store_true", help="what a CPU can run, with made-up figures")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.formats = options.formats or (DRY_FORMATS if options.dry else tuple(FORMATS))
     options.tokens = options.tokens or (DRY_TOKENS if options.dry else TOKENS)
     return options
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -62,6 +62,12 @@ def _around(start: Config, tuned: Tuned) -> Iterator[Config]:
         yield from (replace(start, **{name: value}) for value in values if value != getattr(start, name))
 
 
+def architecture() -> int:
+    """Of the GPU, or the nearest below that forms are counted for."""
+    major, minor = torch.cuda.get_device_capability()
+    return max((known for known in select.DEVICES if known <= 10 * major + minor), default=min(select.DEVICES))
+
+
 def tuned_by(problem: Problem) -> Tuned:
     """The kernel that runs a problem."""
     return TUNED["packed_linear_int8" if problem.case.int8 else "packed_linear"]

@@ -10,6 +10,7 @@ first call, which is not timed.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -77,10 +78,7 @@ def int_mm(problem: Problem, given: Inputs) -> Prepared:
 
 def gemlite(problem: Problem, given: Inputs) -> Prepared:
     """gemlite, with the configurations that it brings for its H100 on other Hoppers too; it tunes what is not among them."""
-    package = _imported("gemlite")
-    case, device = problem.case, given["x"].device
-    if "h200" in torch.cuda.get_device_name().lower():
-        package.load_config(str(Path(package.__file__).parent / "configs" / "h100.json"))
+    package, case, device = _gemlite(), problem.case, given["x"].device
     scale = given["scale"].T.contiguous().to(problem.dtype)
     if case.int8:
         if case.bits != 8:
@@ -97,6 +95,14 @@ def gemlite(problem: Problem, given: Inputs) -> Prepared:
     return Prepared([lambda w=w: package.forward_functional(x, None, w, how) for w in turns])
 
 
+@cache
+def _gemlite():
+    package = _imported("gemlite")
+    if "h200" in torch.cuda.get_device_name().lower():
+        package.load_config(str(Path(package.__file__).parent / "configs" / "h100.json"))
+    return package
+
+
 def humming(problem: Problem, given: Inputs) -> Prepared:
     """humming, which continues Marlin; it rounds the weight itself."""
     layers = _imported("humming.layer")
@@ -108,8 +114,7 @@ def humming(problem: Problem, given: Inputs) -> Prepared:
     layer.load_from_unquantized(case.values(given, torch.arange(problem.N, device=x.device)).to(problem.dtype))
     layer.transform()
     turns = [layer, *(copy.deepcopy(layer) for _ in range(copies(problem.stored) - 1))]
-    off = 2.0 ** (1 - case.bits) + 0.02  # a code's half, of weights spread evenly, in their root mean square
-    return Prepared([lambda one=one: one(x) for one in turns], off=max(off, 0.05))
+    return Prepared([lambda one=one: one(x) for one in turns], off=max(0.05, 2.0**-case.bits))
 
 
 def _imported(name: str):

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
         todo = [each for each in asked if options.again or row_of(path, each, here) is None]
         print(f"{len(todo)} of {len(asked)} problems to tune on {here.device}, into {path}", flush=True)
         right, wrong = checked(todo, here, path, device, 0 if options.dry else options.workers, budget)
-        wrong += tune(right, here, path, made_up if options.dry else clocked, budget)
+        wrong += tune(right, here, path, made_up if options.dry else partial(clocked, device), budget)
     except FxpressError as error:
         print(error, file=sys.stderr)
         return 2
@@ -120,9 +120,8 @@ def tune(right: Right, here: Here, path: Path, clock: Clock, budget: Budget) -> 
     return wrong
 
 
-def clocked(problem: Problem, found: Sequence[Config], budget: Budget) -> Clocked:
+def clocked(device: torch.device, problem: Problem, found: Sequence[Config], budget: Budget) -> Clocked:
     """The fastest forms at the problem's own shape, where they are checked once more."""
-    device = torch.device("cuda")
     given, launch, case = problem.inputs(0, device), tuned_by(problem).launch, problem.case
     around = turns(problem, given)
     times: dict[Config, float] = {}

@@ -11,6 +11,7 @@ from tools.gpu import checks, timing
 from tools.gpu.checks import Linear, check
 from tools.gpu.checks_rows import Cache, Hadamard, Rows
 from tools.gpu.problems import Problem
+from tools.gpu.report import Found, markdown
 from tools.gpu.targets import FORMATS, OURS, ROWS, TORCH, Key, verdicts
 from tools.peers import gpu_kernels
 
@@ -45,6 +46,50 @@ def test_a_wrong_operator_ends_the_run_and_nothing_is_written(tmp_path, capsys, 
     monkeypatch.setattr(bench_kernels, "cases", lambda of: [Broken(Linear(4, 3, 8, 64, 32, torch.float16), lambda y: y * 1.1)])
     assert bench_kernels.main(["--dry", "--out", str(tmp_path)]) == 1
     assert "WRONG: 1 checks failed" in capsys.readouterr().out and not any(tmp_path.iterdir())
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """Nothing measured yet; what measures is replaced by one call and a made-up time, on small problems."""
+    monkeypatch.setattr(timing, "ROTATED", 1)
+    monkeypatch.setattr(timing, "ceilings", lambda device: timing.Ceilings(1e12, 1e14, 2.0))
+    monkeypatch.setattr(bench_kernels, "timed", lambda calls, replays: (calls[-1](), timing.Timing(10.0, 1.0, replays))[1])
+    monkeypatch.setattr(bench_kernels, "profile", lambda *_: pytest.fail("no target is missed"))
+    monkeypatch.setattr(bench_kernels, "problems", lambda: [(FORMATS["W4A16"], 256, 128, 1), (FORMATS["W8A8"], 256, 128, 32)])
+    monkeypatch.setattr(bench_kernels, "WIDE", (64, 64))
+    monkeypatch.setattr(bench_kernels, "ROTATION_TOKENS", (1,))
+    monkeypatch.setattr(bench_kernels, "ROTATIONS", {"torch eager": gpu_kernels.eager_rotation})
+    return Found({}, "", "bfloat16", 0)
+
+
+def test_everything_is_measured_and_peers_that_fail_say_why(found):
+    assert bench_kernels.measured(found, CPU, timing.Budget(1e4)) == []
+    bench_kernels.compared(found, CPU, timing.Budget(1e4), list(gpu_kernels.PEERS))
+    assert {(key.format, key.M, key.who) for key in found.timings} == {
+        ("W4A16", 1, OURS),
+        ("bf16", 1, TORCH),
+        ("W8A8", 32, OURS),
+        ("bf16", 32, TORCH),
+        ("W8A8", 32, "torch int8"),
+        ("Hadamard + quantize", 1, OURS),
+        ("Hadamard + quantize", 1, "torch eager"),
+    }
+    assert any("at W4A16, 256 × 128, M = 1" in reason for reason in found.absent["tinygemm"])  # it has no CPU kernel
+    assert any("not installed" in reason for reason in found.absent["gemlite"])
+    assert found.shares[Key("W4A16", 256, 128, 1, OURS)] == pytest.approx((256 * 128 / 2 + 2 * 128 * 2 + 2 * 256 + 2 * 128) / 1e7)
+
+
+def test_without_time_problems_are_left_out_by_name(found):
+    assert bench_kernels.measured(found, CPU, timing.Budget(0)) == []
+    bench_kernels.compared(found, CPU, timing.Budget(0), ["torch int8"])
+    assert found.left_out[0] == "W4A16, 256 × 128, M = 1" and "W8A8, 256 × 128, M = 32: torch int8" in found.left_out
+    assert "for want of time" in markdown(found)
+
+
+def test_a_result_that_is_wrong_at_its_own_shape_ends_the_run(found, monkeypatch):
+    monkeypatch.setattr(bench_kernels, "operator", lambda case, given: 2 * case.call(given)[0])
+    (wrong,) = bench_kernels.measured(found, CPU, timing.Budget(1e4))
+    assert wrong.case == "W4A16, 256 × 128, M = 1" and not found.timings
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,7 +7,8 @@ import torch
 from backends.triton_gpu import select
 from backends.triton_gpu.select import Config
 from tools import tune_kernels
-from tools.gpu.candidates import TUNED, candidates
+from tools.gpu import timing
+from tools.gpu.candidates import TUNED, candidates, tuned_by
 from tools.gpu.cases import Outcome
 from tools.gpu.problems import Problem
 from tools.gpu.targets import FORMATS
@@ -74,6 +76,26 @@ def test_what_is_wrong_is_not_timed_and_what_does_not_compile_is_no_error(table,
     monkeypatch.setattr(tune_kernels, "problems", lambda tokens: [(FORMATS["W4A16"], 4096, 4096, 1)])
     assert tune_kernels.main(["--dry", "--out", str(tmp_path / "made_up.json")]) == 1
     assert timed == [1] and "WRONG: a form: wrong" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["W4A16", "W4A8"])
+def test_launchers_take_forms_and_the_fastest_that_is_right_is_kept(name, monkeypatch):
+    problem = Problem(FORMATS[name], 256, 64, 2, torch.float16)
+    tuned = tuned_by(problem)
+    forms = [replace(form, **{tuned.split: 1}) for form in starts(problem)]
+    forms.append(replace(forms[0], **{tuned.split: 2}))
+    ticks = iter([5.0, 3.0, 4.0, 3.5])
+    monkeypatch.setattr(timing, "ROTATED", 1)
+    monkeypatch.setattr(tune_kernels, "AGAIN", 1)
+    monkeypatch.setattr(tune_kernels, "timed", lambda calls, replays=0: (calls[0](), timing.Timing(next(ticks), 0.1, 20))[1])
+    times, wrong = tune_kernels.clocked(torch.device("cpu"), problem, forms[:1] + forms[2:], timing.Budget(1e4))
+    assert wrong == [] and times == {forms[2]: 4.0}
+
+
+def starts(problem):
+    if problem.case.int8:
+        return TUNED["packed_linear_int8"].starts(problem, 90)
+    return [Config(tile_m=8, tile_n=64), Config(tile_m=16, tile_n=64)]
 
 
 def test_forms_differ_in_one_field_from_those_of_the_model(table):

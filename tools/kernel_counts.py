@@ -3,7 +3,7 @@
     python -m tools.kernel_counts                         # every entry of tools/kernel_entries.py for sm_80, sm_89 and sm_90
     python -m tools.kernel_counts --arch 90 --only u4     # entries with "u4" in their name
     python -m tools.kernel_counts --check                 # exit 1 if a gate fails, or a count grew by more than 15 %
-    python -m tools.kernel_counts --write                 # tools/results/kernel_counts.*, and the forms of triton_gpu/configs.json
+    python -m tools.kernel_counts --write                 # into tools/results/kernel_counts.*, and forms into triton_gpu/configs.json
 
 Gates: it compiles; no spills; shared memory fits; the expected matrix instruction does the products; loads and copies of 128 bits.
 Instructions per weight are those of a lane in the hot loop, over the weights that the lanes of a program share.
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from triton.errors import TritonError
 
 from tools import machine_code
 from tools.kernel_entries import ARCHITECTURES, Entry, entries
@@ -125,8 +126,11 @@ def markdown(found: Iterable[Counts]) -> str:
     return "\n".join([*lines, *("| " + " | ".join([each.name, *cells(each)]) + " |" for each in found)]) + "\n"
 
 
-def write(found: list[Counts], given: dict[tuple[str, int], Entry]) -> None:
-    """The results, and the forms that `select` chooses from; its timed entries stay."""
+def write(new: list[Counts]) -> None:
+    """The results, with new ones in their places, and the forms that `select` chooses from; its timed entries stay."""
+    given = {(entry.name, arch): entry for arch in ARCHITECTURES for entry in entries(arch)}
+    known = committed() | {(each.name, each.arch): each for each in new}
+    found = [known[key] for key in given if key in known]
     RESULTS.write_text(json.dumps([asdict(each) for each in found], indent=0) + "\n", encoding="utf-8")
     RESULTS.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
     forms = [
@@ -154,26 +158,30 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
-    if options.write and (options.only or set(options.arch) != set(ARCHITECTURES)):
-        parser.error("--write goes with all entries and architectures")
     given = {(entry.name, arch): entry for arch in options.arch for entry in entries(arch) if options.only in entry.name}
     with ProcessPoolExecutor(options.jobs) as pool:
-        found = list(pool.map(_counted, given))
+        results = list(pool.map(_counted, given))
+    found = [each for each in results if isinstance(each, Counts)]
+    wrong = [each for each in results if isinstance(each, str)]
     if options.write:
-        write(found, given)
+        write(found)
     if options.json:
         print(json.dumps([asdict(each) for each in found]))
     else:
         Console(width=120).print(table(found))
-    wrong = [reason for each in found for reason in failures(each, given[each.name, each.arch], committed())]
+    wrong += [reason for each in found for reason in failures(each, given[each.name, each.arch], committed())]
+    print("\n".join(wrong), file=sys.stderr)
     if options.check and wrong:
-        sys.exit("\n".join(wrong))
+        sys.exit(1)
 
 
-def _counted(key: tuple[str, int]) -> Counts:
-    """In a process of the pool, which makes its own entries: kernels are not sent between processes."""
+def _counted(key: tuple[str, int]) -> Counts | str:
+    """In a process of the pool, which makes its own entries: kernels are not sent between processes. A sentence if it does not compile."""
     name, arch = key
-    return count(next(entry for entry in entries(arch) if entry.name == name), arch)
+    try:
+        return count(next(entry for entry in entries(arch) if entry.name == name), arch)
+    except TritonError as error:
+        return f"{name} for sm_{arch} does not compile: {str(error)[:500]}"
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def form(arch: int, bits: int, tile_m: int) -> Config:
 def packed_linear(arch: int) -> Iterator[Entry]:
     """Groups of 128 columns, no zero points, float16; bfloat16 and zero points of some."""
     for bits in range(1, 9):
-        for tile_m in TILES:
+        for tile_m in TILES if bits in {4, 8} else (8, 16, 32, 64):
             yield linear_entry(arch, bits, form(arch, bits, tile_m))
     for bits in (4, 8):
         yield linear_entry(arch, bits, form(arch, bits, 8), dtype="bf16")

@@ -123,14 +123,15 @@ def compiled(
         file.flush()
         usage = re.search(r"REG:(\d+)", _run("cuobjdump", "-res-usage", file.name))
         text = _run("nvdisasm", "-c", file.name)
-    return MachineCode(tuple(_parsed(text)), int(usage[1]) if usage else 0, made.metadata.shared)
+    return MachineCode(tuple(parsed(text)), int(usage[1]) if usage else 0, made.metadata.shared)
 
 
 def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def _parsed(text: str) -> list[Instruction | str]:
+def parsed(text: str) -> list[Instruction | str]:
+    """Instructions and labels of what `nvdisasm -c` prints."""
     lines: list[Instruction | str] = []
     for line in text.splitlines():
         if label := _LABEL.match(line):

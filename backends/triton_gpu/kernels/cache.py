@@ -187,4 +187,4 @@ def _sizes(encoding: Encoding, width: int) -> tuple[int, int, int, int]:
 
 
 def _rows(width: int) -> int:
-    return max(1, ELEMENTS // triton.next_power_of_2(width))
+    return max(1, ELEMENTS // (1 << (width - 1).bit_length()))

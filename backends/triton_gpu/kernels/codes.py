@@ -88,18 +88,23 @@ def chunks(bits: int, kind: Kind, offset: float) -> list[Chunk]:
     """All chunks of a span.
 
     Raises:
-        OptionError: `offset` is no multiple of a half.
+        OptionError: `u − offset` cannot be made exactly: the offset is not an integer, nor a half of a narrow width.
     """
-    if offset * 2 != int(offset * 2):
-        raise OptionError(f"one zero point for all weights is an integer or a half, not {offset}", remedy="give zero points as a tensor")
     shifted: set[tuple[int, int]] = set()
     made = []
     for index in range(span(bits) // layout.LANES):
         options = [chunk for chunk in _options(bits, index, kind, offset) if chunk is not None]
+        if not options or offset * 2 != int(offset * 2):
+            raise _inexact(bits, offset)
         best = min(options, key=lambda chunk: (not chunk.folded, len({(t.word, t.shift) for t in chunk.terms if t.shift} - shifted)))
         shifted |= {(t.word, t.shift) for t in best.terms}
         made.append(best)
     return made
+
+
+def _inexact(bits: int, offset: float) -> OptionError:
+    what = f"no 16-bit numbers are made of codes of {bits} bits less {offset}"
+    return OptionError(what, remedy="one zero point of all weights is an integer, or a half of few bits; others are given as a tensor")
 
 
 def _options(bits: int, index: int, kind: Kind, offset: float) -> Iterable[Chunk | None]:
@@ -153,10 +158,16 @@ def _sum(bits: int, kind: Kind, offset: float) -> list[str]:
             lines += [f"mov.b32 {factor}, {kind.bits(term.factor):#x};", f"fma.rn.{kind.suffix} {result}, {number}, {factor}, {last};"]
             last = result
         if not chunk.folded:
-            lines += [f"mov.b32 c{index}o, {kind.bits(-offset):#x};", f"add.rn.{kind.suffix} c{index}_z, {last}, c{index}o;"]
+            lines += _plus(kind, f"c{index}_z", last, -offset)
             last = f"c{index}_z"
         lines += [f"mov.b32 ${index}, {last};"]
     return lines
+
+
+def _plus(kind: Kind, result: str, name: str, value: float) -> list[str]:
+    """A sum, as a multiply-add: sm_80 has no other for bfloat16."""
+    constants = [f"mov.b32 c_one, {kind.bits(1.0):#x};", f"mov.b32 {result}_by, {kind.bits(value):#x};"]
+    return [*constants, f"fma.rn.{kind.suffix} {result}, {name}, c_one, {result}_by;"]
 
 
 def _number(term: Term, kind: Kind, name: str) -> list[str]:
@@ -180,15 +191,17 @@ def _shifted(word: int, shift: int) -> tuple[str, list[str]]:
 
 def _signed(bits: int, kind: Kind, offset: float) -> list[str]:
     """8 bits as bfloat16: `(128 + the lower seven) + (−256 or −128 by the uppermost)` is `u − 128`, and the rest of the offset follows."""
+    if offset != int(offset):
+        raise _inexact(bits, offset)
     lines = []
     for index in range(2):
         word, shifting = _shifted(0, bits * index)
         lines += [*shifting, f"lop3.b32 t{index}, {word}, {0x7F * BOTH:#x}, {kind.bits(128.0):#x}, {OR:#x};"]
         lines += [f"lop3.b32 c{index}_s, {word}, {0x80 * BOTH:#x}, {kind.bits(-256.0):#x}, {XOR:#x};"]
-        lines += [f"add.rn.{kind.suffix} c{index}, t{index}, c{index}_s;"]
+        lines += [f"mov.b32 c_one, {kind.bits(1.0):#x};", f"fma.rn.{kind.suffix} c{index}, t{index}, c_one, c{index}_s;"]
         last = f"c{index}"
         if offset != 128:
-            lines += [f"mov.b32 c_rest, {kind.bits(128 - offset):#x};", f"add.rn.{kind.suffix} {last}_u, {last}, c_rest;"]
+            lines += _plus(kind, f"{last}_u", last, 128 - offset)
             last = f"{last}_u"
         lines += [f"mov.b32 ${index}, {last};"]
     return lines

@@ -16,18 +16,24 @@ from ir.errors import OptionError
 # A sum of 32 bits holds fewer products than these: of centred codes with activations, and of those with zero points on both sides.
 EXACT, EXACT_WITH_ZEROS = 2**17, 2**15
 FEW = 64  # tokens up to which a program has one warp group
+SMALLER = (("stages", 3), ("stages", 2), ("spans", 1), ("tile_n", 128), ("tile_m", 64))  # until a form fits
 SUMMED = 512  # outputs of a program that adds parts
 
 
-def choose(m: int, n: int, k: int, bits: int, arch: int) -> Config:
-    """The form for `m` tokens and a weight `[n, k]` of `bits` bits: a rule by what programs can hold, not yet checked against a clock."""
+def choose(bits: int, m: int, n: int, k: int, group: int, arch: int, zeros: bool = False) -> Config:
+    """The form for `m` tokens and a weight `[n, k]` of `bits` bits with scales for `group` columns, on an architecture as 90.
+
+    A rule, not yet checked against a clock: steps as long and as many in flight as shared memory holds; for many tokens large tiles, as
+    far as there is one for every processor, and registers for sums of groups, those of zero points too, beside their total.
+    """
     device = DEVICES[max((known for known in DEVICES if known <= arch), default=min(DEVICES))]
-    few, runs = m <= FEW, runs_of(bits, 1)
-    found = Config("linear", min(128, max(8, triton.next_power_of_2(m))), 128, max(1, (8 if few else 4) // runs), 1, 4 if few else 8, 4)
-    while shared(found, bits) > device.shared and found.stages > 2:
-        found = replace(found, stages=found.stages - 1)
-    while shared(found, bits) > device.shared:
-        found = replace(found, spans=1, tile_m=found.tile_m if found.spans > 1 else found.tile_m // 2)
+    few = m <= FEW
+    tile_m = min(64 if zeros and group < k else 128, max(8, triton.next_power_of_2(m)))
+    wide = not few and group >= k and triton.cdiv(n, 256) * triton.cdiv(m, tile_m) >= device.processors
+    found = Config("linear", tile_m, 256 if wide else 128, max(1, (8 if few else 4) // runs_of(bits, 1)), 1, 4 if few else 8, 4)
+    for field, most in SMALLER:
+        if shared(found, bits) > device.shared:
+            found = replace(found, **{field: min(most, getattr(found, field))})
     tiles = triton.cdiv(n, found.tile_n) * triton.cdiv(m, found.tile_m)
     steps = triton.cdiv(k, layout.LANES * runs_of(bits, found.spans))
     return replace(found, split=max(1, min(2 * device.processors // tiles, steps // 4)))
@@ -76,9 +82,10 @@ def packed_linear_int8(
     delta = -centre if zero is not None else int(delta) - centre
     x = codes.reshape(-1, K).contiguous()
     M = len(x)
-    form = config or choose(M, N, K, bits, arch_of(codes))
+    zeros = zero is not None or input_zero is not None or delta != 0
+    form = config or choose(bits, M, N, K, group, arch_of(codes), zeros)
     runs = runs_of(bits, form.spans)
-    steps, splits = parts_of(K, runs, form.split, grouped, zero is not None or input_zero is not None or delta != 0)
+    steps, splits = parts_of(K, runs, form.split, grouped, zeros)
     parts = torch.empty(splits, M, N, dtype=torch.float32 if grouped else torch.int32, device=x.device) if splits > 1 else out
     none = scale  # in the place of a pointer that is not read
     linear_kernel[(triton.cdiv(N, form.tile_n), triton.cdiv(M, form.tile_m), splits)](

@@ -26,7 +26,7 @@ END, AFTER, BEFORE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 SUMMED = 512  # outputs of a program that sums parts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "steps"])
 def linear_kernel(
     x, plane0, plane1, plane2, scale, zero, bias, out, M, N, K, steps,
     W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
@@ -55,7 +55,7 @@ def linear_kernel(
         for inner in tl.static_range(SPANS):
             span = step * SPANS + inner
             scales, zeros = (), ()
-            if SCALE != END:
+            if SCALE != END or (ZERO and not SUMS):
                 for p in tl.static_range(CHUNKS // OF_PART):
                     g = (span * SPAN + p * OF_PART * LANES) // GROUP
                     if not EVEN:
@@ -105,7 +105,7 @@ def linear_kernel(
         if W2:
             at2 += SPANS * N * (SPAN * W2 // 16)
     if SCALE == END:
-        if ZERO:
+        if ZERO and SUMS:
             acc -= sums * (tl.load(zero + rows).to(tl.float32) - OFFSET)[:, None]
         acc *= tl.load(scale + rows).to(tl.float32)[:, None]
     if BIAS:
@@ -116,7 +116,7 @@ def linear_kernel(
     tl.store(at, acc.to(out.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["MN"])
 def sum_kernel(parts, bias, out, MN, N, SPLIT: tl.constexpr, BIAS: tl.constexpr, SIZE: tl.constexpr):
     """`SPLIT` partial results, in their order, and the bias."""
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)

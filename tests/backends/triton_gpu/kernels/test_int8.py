@@ -104,6 +104,7 @@ def test_a_form_fits_the_device_and_fills_it(arch: int) -> None:
     device = DEVICES[arch] if arch in DEVICES else DEVICES[max(DEVICES)]
     for bits in layout.PLANES:
         for m in (1, 16, 64, 65, 4096):
-            form = int8.choose(m, 4096, 4096, bits, arch)
-            assert int8.shared(form, bits) <= device.shared and form.tile_m >= min(m, 64)
-        assert int8.choose(1, 4096, 4096, bits, arch).split > 1 == int8.choose(4096, 4096, 4096, bits, arch).split
+            for group in (128, 4096):
+                form = int8.choose(bits, m, 4096, 4096, group, arch, zeros=m == 4096)
+                assert int8.shared(form, bits) <= device.shared and form.tile_m >= min(m, 64)
+        assert int8.choose(bits, 1, 4096, 4096, 128, arch).split > 1 == int8.choose(bits, 4096, 4096, 4096, 128, arch).split

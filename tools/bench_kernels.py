@@ -159,7 +159,7 @@ def _prepared(who: str, problem: Problem, given: Inputs) -> list[Product]:
 def _attempted(found: Found, budget: Budget, key: Key, prepare: Callable[[], list[Product]]) -> None:
     """Note a peer's time, or why there is none."""
     reasons = found.absent.setdefault(key.who, set())
-    if LOST in "".join(itertools.chain(*found.absent.values())):
+    if any(map(LOST.search, itertools.chain(*found.absent.values()))):
         return
     if budget.left < RESERVED:
         found.left_out.append(f"{key}: {key.who}")
@@ -209,7 +209,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--peers", nargs="*", choices=tuple(PEERS), default=list(PEERS))
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3)))
-    parser.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 2)), help="processes that check")
+    parser.add_argument("--workers", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 2)), help="processes that check")
     parser.add_argument("--dry", action="store_true", help="what a CPU can run, with made-up figures")
     return parser.parse_args(arguments)
 

@@ -23,10 +23,12 @@ from typing import Any
 
 import torch
 
+from backends.triton_gpu import select
+from backends.triton_gpu.select import Config
 from ir.errors import FxpressError, OptionError
 from ir.files import appearing
 from tools.gpu import timing
-from tools.gpu.candidates import CHECKED, SMALL, Config, Formed, architecture, candidates, config_of, tuned_by
+from tools.gpu.candidates import CHECKED, SMALL, Formed, architecture, candidates, tuned_by
 from tools.gpu.cases import LOST, run
 from tools.gpu.problems import Problem, turns
 from tools.gpu.targets import FORMATS, OURS, TOKENS, problems
@@ -102,7 +104,9 @@ def checked(
     right = {each: [config for config in found if not outcomes[Formed.of(each, config, size)].wrong] for each, found in tried.items()}
     good = sum(not each.wrong for each in outcomes.values())
     print(f"{good} of {len(outcomes)} forms compile and are right, after {budget.used:.0f} s", flush=True)
-    return right, [f"{each.case}: {each.wrong}" for each in outcomes.values() if each.wrong and (not each.raised or LOST in each.wrong)]
+    return right, [
+        f"{each.case}: {each.wrong}" for each in outcomes.values() if each.wrong and (not each.raised or LOST.search(each.wrong))
+    ]
 
 
 def tune(right: Right, here: Here, path: Path, clock: Clock, budget: Budget) -> list[str]:
@@ -177,7 +181,7 @@ def _about(problem: Problem, here: Here) -> Row:
 
 def _known(path: Path, problem: Problem, here: Here) -> Config | None:
     row = row_of(path, problem, here)
-    return config_of(tuned_by(problem), row["config"]) if row else None
+    return select.config_of(row["config"]) if row else None
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -186,7 +190,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=540, help="that the whole run may take")
     parser.add_argument("--formats", nargs="*", choices=tuple(FORMATS), help="all if left out")
     parser.add_argument("--tokens", nargs="*", type=int, help=f"{', '.join(map(str, TOKENS))} if left out")
-    parser.add_argument("--workers", type=int, default=max(1, min(14, (os.cpu_count() or 2) - 2)), help="processes that compile and check")
+    parser.add_argument("--workers", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 2)), help="processes that compile and check")
     parser.add_argument("--again", action="store_true", help="problems that are in the table too")
     parser.add_argument("--dry", action="store_true", help="what a CPU can run, with made-up figures")
     options = parser.parse_args(arguments)

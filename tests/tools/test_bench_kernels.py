@@ -8,7 +8,8 @@ import torch
 from ir.errors import BackendError
 from tools import bench_kernels
 from tools.gpu import checks, timing
-from tools.gpu.checks import Linear, check
+from tools.gpu.cases import run
+from tools.gpu.checks import Linear, check, described
 from tools.gpu.checks_rows import Cache, Hadamard, Rows
 from tools.gpu.problems import Problem
 from tools.gpu.report import Found, markdown
@@ -184,3 +185,17 @@ def test_targets_are_met_missed_and_stretched():
 def test_a_budget_shortens_what_is_repeated():
     assert timing.Budget(100).replays() == timing.WANTED
     assert timing.Budget(0).replays() == timing.REPLAYS
+
+
+def test_after_a_broken_gpu_nothing_more_is_run_in_its_process(monkeypatch):
+    def broken(_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    outcomes = run([CASES[0], Broken(CASES[1], broken), CASES[2]], 5, CPU, 0, timing.Budget(10))
+    assert [each.raised for each in outcomes] == [False, True, True]
+    assert outcomes[2].wrong == "not run, after: CUDA error"
+
+
+def test_cases_are_checked_in_several_processes_in_order():
+    outcomes = run(CASES, 5, CPU, 2, timing.Budget(200))
+    assert [each.case for each in outcomes] == [described(case) for case in CASES] and not any(each.wrong for each in outcomes)

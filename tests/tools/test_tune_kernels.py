@@ -8,7 +8,7 @@ from backends.triton_gpu import select
 from backends.triton_gpu.select import Config
 from tools import tune_kernels
 from tools.gpu import timing
-from tools.gpu.candidates import TUNED, candidates, tuned_by
+from tools.gpu.candidates import TUNED, candidates
 from tools.gpu.cases import Outcome
 from tools.gpu.problems import Problem
 from tools.gpu.targets import FORMATS
@@ -81,9 +81,8 @@ def test_what_is_wrong_is_not_timed_and_what_does_not_compile_is_no_error(table,
 @pytest.mark.parametrize("name", ["W4A16", "W4A8"])
 def test_launchers_take_forms_and_the_fastest_that_is_right_is_kept(name, monkeypatch):
     problem = Problem(FORMATS[name], 256, 64, 2, torch.float16)
-    tuned = tuned_by(problem)
-    forms = [replace(form, **{tuned.split: 1}) for form in starts(problem)]
-    forms.append(replace(forms[0], **{tuned.split: 2}))
+    forms = [replace(form, split=1) for form in starts(problem)]
+    forms.append(replace(forms[0], split=2))
     ticks = iter([5.0, 3.0, 4.0, 3.5])
     monkeypatch.setattr(timing, "ROTATED", 1)
     monkeypatch.setattr(tune_kernels, "AGAIN", 1)

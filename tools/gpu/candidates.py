@@ -5,12 +5,12 @@ A kernel that can be tuned is a row of `TUNED`: its launcher, which takes a form
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from backends.triton_gpu import select
+from backends.triton_gpu.select import Config
 from ir.errors import DataError
 from tools.gpu.checks import Inputs, Linear
 from tools.gpu.problems import Problem
@@ -19,7 +19,7 @@ STARTS = 2  # of the model
 WHOLE_FROM = 64  # tokens from which a weight written out is tried too
 CHECKED = (512, 4096)  # N, K of the weight that a form is checked with: tiles divide them, as they do the timed ones
 SMALL = (16, 256)  # the same on a CPU
-Config = Any  # a frozen dataclass of the kernel's
+WHOLE = Config("dequantize")
 
 
 @dataclass(frozen=True)
@@ -28,37 +28,30 @@ class Tuned:
 
     Attributes:
         name: of the operator, as the table says it.
-        form: gives the dataclass of forms.
         launch: the launcher, given a form.
         starts: forms to begin with, for a problem and an architecture such as 90.
-        varied: values that each field is given, one field at a time.
-        split: the field that says into how many parts k is cut.
+        varied: values that each field is given, one field at a time; and half and twice as many parts of `k`.
     """
 
     name: str
-    form: Callable[[], type[Config]]
     launch: Callable[[Linear, Inputs, Config], Tensor]
     starts: Callable[[Problem, int], list[Config]]
     varied: Mapping[str, Sequence[object]]
-    split: str
 
 
 def candidates(tuned: Tuned, problem: Problem, arch: int, known: Config | None = None) -> list[Config]:
     """Forms to try, none twice: those around `known`, which was the fastest once, and around the model's best."""
-    found: dict[Config, None] = {}
-    for start in [*([known] if known else []), *tuned.starts(problem, arch)]:
-        found |= dict.fromkeys(_around(start, tuned))
-    whole = [select.Config("dequantize")] if not problem.case.int8 and problem.M >= WHOLE_FROM else []
-    return list(dict.fromkeys([*found, *whole]))
+    starts = [*([known] if known else []), *tuned.starts(problem, arch)]
+    whole = [WHOLE] if not problem.case.int8 and problem.M >= WHOLE_FROM else []
+    return list(dict.fromkeys([*(form for start in starts for form in _around(start, tuned)), *whole]))
 
 
 def _around(start: Config, tuned: Tuned) -> Iterator[Config]:
     """A form, and those that differ from it in one field."""
     yield start
-    if getattr(start, "kernel", "") == "dequantize":
+    if start == WHOLE:
         return
-    parts = getattr(start, tuned.split)
-    for name, values in {tuned.split: (max(1, parts // 2), 2 * parts), **tuned.varied}.items():
+    for name, values in {"split": (max(1, start.split // 2), 2 * start.split), **tuned.varied}.items():
         yield from (replace(start, **{name: value}) for value in values if value != getattr(start, name))
 
 
@@ -98,11 +91,6 @@ class Formed:
         return self.case.judge(given, made)
 
 
-def config_of(tuned: Tuned, options: Mapping[str, object]) -> Config:
-    """A form that a table has."""
-    return tuned.form()(**options)
-
-
 def _linear(case: Linear, given: Inputs, config: Config) -> Tensor:
     from backends.triton_gpu.kernels.weight_only import linear  # noqa: PLC0415 (kernels are imported when they are launched)
 
@@ -137,23 +125,15 @@ def _linear_starts(problem: Problem, arch: int) -> list[Config]:
 def _int8_starts(problem: Problem, arch: int) -> list[Config]:
     from backends.triton_gpu.kernels import int8  # noqa: PLC0415
 
-    first = int8.choose(problem.M, problem.N, problem.K, problem.format.bits, select.DEVICES[arch].shared)
-    return [first, replace(first, block_m=max(8, first.block_m // 2))]
+    first = int8.choose(problem.format.bits, problem.M, problem.N, problem.K, problem.case.group, arch)
+    return [first, replace(first, tile_m=max(8, first.tile_m // 2))]
 
 
-def _int8_form() -> type[Config]:
-    from backends.triton_gpu.kernels.int8 import Config as Found  # noqa: PLC0415
-
-    return Found
-
-
-OF_BOTH = {"warps": (4, 8), "stages": (2, 3, 4, 5)}
-OF_LINEAR = {"tile_n": (64, 128, 256), "spans": (1, 2, 4), "depth": (1, 2, 4), "before": (False, True), **OF_BOTH}
-OF_INT8 = {"block_n": (64, 128, 256), "runs": (2, 4, 8, 16), **OF_BOTH}
+OF_BOTH = {"tile_n": (64, 128, 256), "spans": (1, 2, 4), "warps": (4, 8), "stages": (2, 3, 4, 5)}
 TUNED = {
     each.name: each
     for each in (
-        Tuned("packed_linear", lambda: select.Config, _linear, _linear_starts, OF_LINEAR, "split"),
-        Tuned("packed_linear_int8", _int8_form, _int8, _int8_starts, OF_INT8, "splits"),
+        Tuned("packed_linear", _linear, _linear_starts, OF_BOTH | {"depth": (1, 2, 4), "before": (False, True)}),
+        Tuned("packed_linear_int8", _int8, _int8_starts, OF_BOTH),
     )
 }

@@ -6,6 +6,7 @@
 import itertools
 import multiprocessing
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from typing import NamedTuple
@@ -33,7 +34,7 @@ SMALL_TOKENS, SMALL_SHAPES = (1, 7, 16, 33), ((32, 128, 32), (24, 96, 32), (17, 
 OF_ROWS = ("i8[1,-1]dynamic", "u8[1,-1]dynamic", "i4[1,-1]dynamic", "u8[1,-1]dynamic*0.9", "i8[1,-1]dynamic*0.95")
 OF_CACHE = ("u4[1,32]dynamic", "i8[1,-1]dynamic", "u2[1,32]dynamic", "i4[1,64]dynamic", "u8[1,-1]dynamic", "u3[1,32]dynamic")
 BLOCKS = ((512, 512), (768, 64), (4096, 4096), (11008, 64), (14336, 14336), (640, 128), (8192, 8192))  # channels, block
-LOST = "CUDA error"
+LOST = re.compile("CUDA error|illegal memory|misaligned address")  # after which a GPU answers its process nothing any more
 LENGTHS = ((2, 3, 5, 64), (1, 8, 1, 128), (2, 2, 33, 64))  # batch, heads, positions, width
 
 
@@ -111,6 +112,6 @@ def run(found: Iterable[Case], seed: int, device: torch.device, workers: int, bu
 def _part(part: list[Case], seeds: list[int], device: torch.device) -> list[Outcome]:
     outcomes: list[Outcome] = []
     for case, seed in zip(part, seeds, strict=True):
-        lost = bool(outcomes) and (LOST in outcomes[-1].wrong)  # a GPU that a kernel broke answers this process nothing any more
-        outcomes.append(Outcome(described(case), f"not run, after {LOST}", raised=True) if lost else outcome(case, seed, device))
+        lost = bool(outcomes) and LOST.search(outcomes[-1].wrong)
+        outcomes.append(Outcome(described(case), f"not run, after: {lost[0]}", raised=True) if lost else outcome(case, seed, device))
     return outcomes

@@ -7,7 +7,7 @@ from html import escape
 PANEL, HEIGHT, LEFT, TOP, BOTTOM, COLUMNS = 300, 200, 40, 26, 30, 3
 COLOURS = ("#1f6feb", "#d1690e", "#2c8a3d", "#8250df", "#b42318", "#57606a", "#0e7c86")
 STYLE = "text{font:11px sans-serif;fill:#222}.grid{stroke:#ddd}.one{stroke:#888;stroke-dasharray:4 3}.title{font-weight:bold}"
-TICKS = (0.1, 0.2, 0.5, 1, 2, 3, 4, 5, 8)
+TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 4, 8)
 
 Curves = Mapping[str, Mapping[int, float]]  # who -> tokens -> ratio
 

@@ -57,7 +57,7 @@ NO_TARGET = (Row("W1A16", ((8192, 8192),), {}, {}), Row("W8A8", ((8192, 8192),),
 
 WIDE = (8192, 8192)
 BANDWIDTH = {"W8A16": 0.80, "W4A16": 0.65, "W2A16": 0.45}  # share of the copy's bytes a second, one token, WIDE
-AGAINST = {"gemlite": (1.3, 64), "marlin": (0.9, 16), "humming": (0.9, 16)}  # ratio of times, up to so many tokens
+AGAINST = {"gemlite": (1.3, 64), "humming": (0.9, 16)}  # ratio of times, up to so many tokens; humming continues Marlin
 NEVER_SLOWER = ("W1A16", "W2A16")  # the first than the second, one token
 ROTATION_US, ROTATION_SHARE = 3.0, 0.10  # a Hadamard transform with quantization: few tokens; share of the product at 4096
 ROTATION_TOKENS = (1, 16, 256, 4096)

@@ -104,9 +104,8 @@ def checked(
     right = {each: [config for config in found if not outcomes[Formed.of(each, config, size)].wrong] for each, found in tried.items()}
     good = sum(not each.wrong for each in outcomes.values())
     print(f"{good} of {len(outcomes)} forms compile and are right, after {budget.used:.0f} s", flush=True)
-    return right, [
-        f"{each.case}: {each.wrong}" for each in outcomes.values() if each.wrong and (not each.raised or LOST.search(each.wrong))
-    ]
+    bad = [each for each in outcomes.values() if each.wrong and (not each.raised or LOST.match(each.wrong.partition(": ")[2]))]
+    return right, [f"{each.case}: {each.wrong}" for each in bad]
 
 
 def tune(right: Right, here: Here, path: Path, clock: Clock, budget: Budget) -> list[str]:

@@ -1,4 +1,6 @@
 import json
+import pickle
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
@@ -196,6 +198,18 @@ def test_after_a_broken_gpu_nothing_more_is_run_in_its_process(monkeypatch):
     assert outcomes[2].wrong == "not run, after: CUDA error"
 
 
-def test_cases_are_checked_in_several_processes_in_order():
-    outcomes = run(CASES, 5, CPU, 2, timing.Budget(200))
+def test_cases_that_several_processes_check_keep_their_order(monkeypatch):
+    monkeypatch.setattr("tools.gpu.cases.ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    outcomes = run(pickle.loads(pickle.dumps(CASES)), 5, CPU, 2, timing.Budget(200))  # as they go to a process
     assert [each.case for each in outcomes] == [described(case) for case in CASES] and not any(each.wrong for each in outcomes)
+
+
+def test_a_process_that_dies_is_reported(monkeypatch):
+    class Died(ThreadPoolExecutor):
+        def submit(self, *_):
+            raised = Future()
+            raised.set_exception(BrokenExecutor("killed"))
+            return raised
+
+    monkeypatch.setattr("tools.gpu.cases.ProcessPoolExecutor", lambda workers, mp_context: Died(workers))
+    assert all("its process ended" in each.wrong for each in run(CASES, 5, CPU, 2, timing.Budget(200)))

@@ -1,7 +1,7 @@
 """Compiles kernels ahead of time, without a GPU, and counts what they are made of: registers, spills, shared memory, instructions.
 
     python -m tools.kernel_counts                         # every entry of tools/kernel_entries.py for sm_80, sm_89 and sm_90
-    python -m tools.kernel_counts --arch 90 --only u4     # entries with "u4" in their name
+    python -m tools.kernel_counts --arch 90 --only u4     # entries in whose names "u4" is found
     python -m tools.kernel_counts --check                 # exit 1 if a gate fails, or a count grew by more than 15 %
     python -m tools.kernel_counts --write                 # into tools/results/kernel_counts.*, and forms into triton_gpu/configs.json
 
@@ -11,6 +11,7 @@ Instructions per weight are those of a lane in the hot loop, over the weights th
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -22,13 +23,12 @@ from rich.table import Table
 from triton.errors import TritonError
 
 from tools import machine_code
-from tools.kernel_entries import ARCHITECTURES, Entry, entries
+from tools.kernel_entries import ARCHITECTURES, SHARED, Entry, entries
 from tools.machine_code import MachineCode
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tools" / "results" / "kernel_counts.json"
 FORMS = ROOT / "backends" / "triton_gpu" / "configs.json"
-SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 TOLERANCE = 1.15
 WIDE = ("LDG.E.128", "LDGSTS.E.BYPASS.128", "LDGSTS.E.128", "LDGSTS.E.LTC128B.128", "LDGSTS.E.BYPASS.LTC128B.128", "UBLKCP", "UTMALDG")
 
@@ -152,13 +152,13 @@ def committed() -> dict[tuple[str, int], Counts]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES)
-    parser.add_argument("--only", default="", help="entries with this in their name")
+    parser.add_argument("--only", default="", help="entries in whose name this expression is found")
     parser.add_argument("--json", action="store_true", help="print counts as JSON")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
-    given = {(entry.name, arch): entry for arch in options.arch for entry in entries(arch) if options.only in entry.name}
+    given = {(entry.name, arch): entry for arch in options.arch for entry in entries(arch) if re.search(options.only, entry.name)}
     with ProcessPoolExecutor(options.jobs) as pool:
         results = list(pool.map(_counted, given))
     found = [each for each in results if isinstance(each, Counts)]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from backends.triton_gpu import layout
 from backends.triton_gpu.kernels import codes, dequantize, weight_only
 from backends.triton_gpu.select import Config
 
@@ -48,36 +49,48 @@ class Entry:
     config: Config | None = None
 
 
-# tile M: tile N, stages, tiles of 32 in a product on Hopper, whether scales go before the product
-TILES = {8: (128, 3, 1, False), 16: (128, 3, 4, False), 32: (128, 3, 4, False), 64: (128, 3, 4, False), 128: (128, 3, 4, True)}
-SPANS = {1: 1, 2: 2, 3: 1, 4: 2, 5: 1, 6: 1, 7: 1, 8: 4}  # of a step: 256 columns, and 512 of widths with a plane of one bit
+TILES = {8: 4, 16: 4, 32: 4, 64: 4, 128: 8}  # tile M: warps
+WIDE, NARROW = 128, 64  # tile N
+STEP = 256  # consecutive k of a step, of widths without a plane of one bit, whose words cover 512
+SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 
 
-def form(arch: int, bits: int, tile_m: int) -> Config:
-    """The form of `packed_linear` that is counted for a tile M."""
-    tile_n, stages, depth, before = TILES[tile_m]
-    spans = SPANS[bits]
-    return Config("linear", tile_m, tile_n, spans, depth if arch >= 90 else 1, 4, stages, 1, before)
+def form(arch: int, bits: int, tile_m: int, tile_n: int | None = None) -> Config | None:
+    """The form of `packed_linear` that is counted for a tile M: as many loads ahead, and as long a step, as shared memory has room for."""
+    many = len(layout.PLANES[bits]) > 1 or (bits == 1 and tile_m > 8)  # words, or codes in them, for the registers of a wide tile
+    tile_n = tile_n or (NARROW if many else WIDE)
+    longest = 2 * STEP if bits <= 2 and tile_m == 8 else STEP // 2 if tile_m * bits >= 512 else STEP
+    for step, stages in ((longest, 3), (longest, 2), (longest // 2, 3), (longest // 2, 2)):
+        spans = max(1, step // codes.span(bits))
+        # tokens are kept until they are multiplied, words only until they are in registers
+        bytes_of = spans * codes.span(bits) * (2 * tile_m * stages + tile_n * bits // 8 * (stages - 1))
+        if bytes_of + 2048 <= SHARED[arch]:
+            return Config("linear", tile_m, tile_n, spans, 4 if arch >= 90 and tile_m > 8 else 1, TILES[tile_m], stages)
+    return None
 
 
 def packed_linear(arch: int) -> Iterator[Entry]:
     """Groups of 128 columns, no zero points, float16; bfloat16 and zero points of some."""
     for bits in range(1, 9):
         for tile_m in TILES if bits in {4, 8} else (8, 16, 32, 64):
-            yield linear_entry(arch, bits, form(arch, bits, tile_m))
-    for bits in (4, 8):
-        yield linear_entry(arch, bits, form(arch, bits, 8), dtype="bf16")
-        yield linear_entry(arch, bits, form(arch, bits, 8), zero=True)
-    yield linear_entry(arch, 4, form(arch, 4, 16), zero=True)
+            if config := form(arch, bits, tile_m):
+                yield linear_entry(arch, bits, config)
+        if bits in {1, 2, 4, 8} and (config := form(arch, bits, 8, NARROW)):  # for weights of few channels
+            yield linear_entry(arch, bits, config)
+    for bits, tile_m in ((4, 8), (8, 8), (4, 16)):
+        if config := form(arch, bits, tile_m):
+            yield linear_entry(arch, bits, config, dtype="bf16")
+            yield linear_entry(arch, bits, config, zero=True)
 
 
 def linear_entry(arch: int, bits: int, config: Config, *, dtype: str = "fp16", zero: bool = False, group: int = 128) -> Entry:
     constants = weight_only.constants(bits, DTYPES[dtype], N, K, group, 2.0 ** (bits - 1), zero, False, config)
     step = codes.span(bits) * config.spans
     x = "*" + dtype
+    narrow = "" if config.tile_n == WIDE else f" N{config.tile_n}"
     sums = constants["ZERO"] and constants["SUMS"]
     return Entry(
-        name=f"packed_linear u{bits} {dtype}{' zero' if zero else ''} M{config.tile_m}",
+        name=f"packed_linear u{bits} {dtype}{' zero' if zero else ''} M{config.tile_m}{narrow}",
         kernel=weight_only.linear_kernel,
         signature={"x": x, "plane0": "*u16", "plane1": "*u16", "plane2": "*u16", "scale": x, "zero": "*u8", "bias": x, "out": x}
         | dict.fromkeys(("M", "N", "K", "steps"), "i32"),

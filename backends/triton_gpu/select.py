@@ -26,7 +26,8 @@ class Config:
         warps: of a program.
         stages: of loads ahead.
         split: parts of `k` that are summed apart, and then in a second kernel.
-        before: whether scales multiply weights, rather than sums of a group.
+        before: whether scales multiply weights, rather than sums of a group: less to do for many tokens, but in the activations' dtype,
+            where scales below 6e-5 lose digits in float16. No form that is committed does.
     """
 
     kernel: str = "linear"
@@ -74,8 +75,9 @@ DEVICES = {  # A100, L40S, H200
     90: Device(132, 227 << 10, 1.75, 4.3e6, 395e6),
 }
 LAUNCH = 2.2  # microseconds of a kernel more, inside a graph
-FUSED = 0.6  # share of a device's products that a tile which takes codes apart reaches, and that torch's reaches
-WHOLE = 0.85
+REACHED = {8: 0.35, 16: 0.3}  # share of a device's products that a tile reaches: 8 tokens by another instruction, 16 fill half of one
+FUSED, WHOLE = 0.6, 0.85  # of wider tiles, and of torch's
+HIDING = 2  # programs that a processor needs to have one's loads behind another's work
 SPLITS = (1, 2, 4, 8, 16, 32)
 REGISTERS, PROGRAMS = 65536, 16  # of a processor
 
@@ -91,7 +93,7 @@ def choose(kernel: str, bits: int, m: int, n: int, k: int, group: int, arch: int
     timed = [row for row in _table()["timed"] if _key(row) == (kernel, near, bits, n, k, group) and row["m"] >= m]
     if timed:
         return config_of(min(timed, key=lambda row: int(row["m"]))["config"])
-    candidates = [(estimate(form, m, n, k, config), config) for form in forms(near, bits) for config in _split(form.config, k, form.bits)]
+    candidates = [(estimate(form, m, n, k, config), config) for form in forms(near, bits) for config in _split(form.config, k)]
     whole = Config("dequantize")
     return min([*candidates, (estimate_whole(DEVICES[near], bits, m, n, k), whole)], key=lambda pair: pair[0])[1]
 
@@ -103,10 +105,10 @@ def estimate(form: Form, m: int, n: int, k: int, config: Config) -> float:
     weights = float(tiles_n * config.tile_n * k)
     issue = form.per_weight * weights * tiles_m / device.issued_per_us
     memory = (weights * form.bits / 8 + 2 * m * k + 2 * m * n) / device.bytes_per_us
-    products = weights * tiles_m * config.tile_m / (device.products_per_us * FUSED)
-    programs, room = tiles_m * tiles_n * config.split, device.processors * _resident(form, device)
-    # A processor that holds one program waits on its loads: half of what more programs would do.
-    filled = programs / (ceil(programs / room) * room) if programs > room else min(1.0, programs / (2 * device.processors))
+    products = weights * tiles_m * config.tile_m / (device.products_per_us * REACHED.get(config.tile_m, FUSED))
+    programs = tiles_m * tiles_n * config.split / device.processors
+    hidden = min(1.0, min(ceil(programs), _resident(form, device)) / HIDING)
+    filled = programs / ceil(programs) * hidden
     sums = 0.0 if config.split == 1 else LAUNCH + 8 * config.split * m * n / device.bytes_per_us
     return max(issue, memory, products) / filled + sums
 
@@ -132,9 +134,9 @@ def config_of(options: dict[str, Any]) -> Config:
     return Config(**{field.name: options[field.name] for field in fields(Config) if field.name in options})
 
 
-def _split(config: Config, k: int, bits: int) -> Iterable[Config]:
-    for split in SPLITS:
-        yield replace(config, split=split)
+def _split(config: Config, k: int) -> Iterable[Config]:
+    """Parts of at least two of the longest steps."""
+    return (replace(config, split=split) for split in SPLITS if split == 1 or k >= split * 1024)
 
 
 def _resident(form: Form, device: Device) -> int:

@@ -6,6 +6,7 @@ or all sums at the end, if one scale is all of a row's. Zero points are one cons
 differs from it is subtracted from weights, or for few tokens (`SUMS`) times the sum of the group's activations from the group's sum.
 """
 
+from functools import lru_cache
 from math import gcd
 
 import torch
@@ -23,6 +24,7 @@ from backends.triton_gpu.select import Config
 from ir.errors import OptionError
 
 END, AFTER, BEFORE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_choose = lru_cache(maxsize=4096)(select.choose)  # a launch asks each time
 SUMMED = 512  # outputs of a program that sums parts
 
 
@@ -181,7 +183,7 @@ def linear(
     check_group(group, K)
     rows = x.reshape(-1, K).contiguous()
     M = rows.shape[0]
-    config = config or select.choose("packed_linear", bits, M, N, K, group, arch_of(x))
+    config = config or _choose("packed_linear", bits, M, N, K, group, arch_of(x))
     if config.kernel == "dequantize" or x.dtype == torch.float32:
         weight = dequantize(planes, scale, zero, bits, group, offset, K, x.dtype)
         return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))

@@ -68,8 +68,8 @@ def compile_(
     import passes
     from passes import loading, registry
     from passes.calibration import token_windows
-    from passes.compiled import check_free
     from passes.evaluation import quality
+    from passes.folders import check_free
 
     check_free(out, overwrite)
     replay = passes.Recipe.read(recipe) if recipe else None

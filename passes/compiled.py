@@ -1,11 +1,9 @@
 """`Compiled`: a model after its pipeline, callable like the model, saved to and loaded from a folder."""
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,12 @@ from passes.backend import Backend, Executable, Movable
 from passes.base import Record
 from passes.calls import call_text
 from passes.decoding import Choice, Decodes, Growing, decode
+from passes.folders import MANIFEST, appearing_folder
 from passes.page.saved import FILE as REPORT
 from passes.recipe import Recipe
 from passes.report import Report
 
 FORMAT = 1
-MANIFEST = "fxpress.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
 
 
@@ -174,7 +172,7 @@ class Compiled:
             DataError: it cannot be written.
         """
         directory = Path(directory).resolve()
-        with _appearing(directory, overwrite) as partial:
+        with appearing_folder(directory, overwrite) as partial:
             self.executable.save(partial)
             manifest = {"format": FORMAT, "backend": self.backend, "signature": self.signature.to_json()}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -204,48 +202,6 @@ def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
         for name in TOKENIZER_FILES:
             if (Path(tokenizer) / name).is_file():
                 shutil.copyfile(inside(Path(tokenizer), name), directory / name)
-
-
-def check_free(directory: Path, overwrite: bool) -> None:
-    """Refuse a target folder that exists. Only what fxpress wrote, or an empty folder, is ever replaced.
-
-    Raises:
-        OptionError: it exists, and may not be overwritten.
-    """
-    if overwrite and directory.is_dir() and any(directory.iterdir()) and not (directory / MANIFEST).is_file():
-        raise OptionError(f"the folder has no {MANIFEST}: fxpress did not write it", where=str(directory), remedy="choose another")
-    if overwrite and directory.exists() and not directory.is_dir():
-        raise OptionError("there is a file of that name", where=str(directory), remedy="choose another")
-    if directory.exists() and not overwrite:
-        raise OptionError("the output folder exists", where=str(directory), remedy="choose another, or overwrite=True (--overwrite)")
-
-
-@contextmanager
-def _appearing(directory: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `directory` that takes its name at the end, and is removed if anything goes wrong."""
-    check_free(directory, overwrite)
-    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if directory.exists():
-            old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
-            directory.rename(old)
-            try:
-                partial.rename(directory)
-            except BaseException:
-                old.rename(directory)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            partial.rename(directory)
-    except OSError as error:
-        raise DataError(
-            f"cannot write: {error.strerror or error}", where=str(directory), remedy="free space, or choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load(directory: str | Path) -> Compiled:

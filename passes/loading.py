@@ -15,7 +15,7 @@ from ir.checkpoints import bounded, check_checkpoint
 from ir.errors import DataError, FxpressError, OptionError
 from ir.files import read_text
 from passes.calibration import token_windows
-from passes.compiled import MANIFEST
+from passes.folders import MANIFEST
 
 DTYPES = ("float32", "float16", "bfloat16")
 LONGEST = 1 << 32  # bytes of a text

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import passes
 from backends.reference import Reference
 from ir.errors import DataError, FxpressError, OptionError
-from passes.compiled import MANIFEST
+from passes.folders import MANIFEST
 from passes.measure import greedy
 from passes.recipe import Recipe
 from tests.families import load

@@ -86,6 +86,13 @@ def _(x: Tensor, weight: Tensor | None, eps: float, encoding: str) -> Rows:
     return _like(x)
 
 
+@norm_quantize_rows.register_kernel("cuda")
+def _(x: Tensor, weight: Tensor | None, eps: float, encoding: str) -> Rows:
+    from backends.triton_gpu.kernels import rows
+
+    return rows.norm_quantize_rows(x, weight, eps, encoding)
+
+
 @torch.library.custom_op("fxpress::quantize_static", mutates_args=())
 def quantize_static(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """`round(x / scale) + zero`, clamped to −2^(bits−1) … 2^(bits−1)−1: int8, the shape of `x`; `scale` and `zero` have one element."""
@@ -97,13 +104,6 @@ def quantize_static(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int) ->
 @quantize_static.register_fake
 def _(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.int8)
-
-
-@norm_quantize_rows.register_kernel("cuda")
-def _(x: Tensor, weight: Tensor | None, eps: float, encoding: str) -> Rows:
-    from backends.triton_gpu.kernels import rows
-
-    return rows.norm_quantize_rows(x, weight, eps, encoding)
 
 
 @ops.hadamard.register_kernel("cuda")

@@ -108,13 +108,14 @@ def load(directory: Path) -> Checkpoint:
         with bounded(directory):
             config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
             architecture = (config.architectures or [""])[0]
-            stated = getattr(config, "quantization_config", None)
             if not issubclass(getattr(transformers, architecture), transformers.PreTrainedModel):
                 raise DataError(f"{architecture} is no class of models", where=str(directory))
-            if stated is None:
-                model = getattr(transformers, architecture).from_pretrained(directory, trust_remote_code=False).eval()
-            else:
-                model = _compressed(directory, config, architecture, Quantization.model_validate(stated))
+            empty(config, architecture)
+        stated = getattr(config, "quantization_config", None)
+        if stated is None:
+            model = getattr(transformers, architecture).from_pretrained(directory, trust_remote_code=False).eval()
+        else:
+            model = _compressed(directory, config, architecture, Quantization.model_validate(stated))
         return Checkpoint(capture(model), model, {})
     except FxpressError:
         raise

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ir import edit, numerics
 from ir.encoding import Encoding
-from ir.errors import DataError
+from ir.errors import DataError, OptionError
 from ir.files import inside, read_json
 from ir.ops import DEQUANTIZE
 from ir.resolve import resolve
@@ -74,7 +75,7 @@ def load_graph(directory: Path) -> GraphModule:
             made[entry["name"]] = _read_node(gm.graph, entry, made, known)
         gm.graph.lint()
         gm.recompile()
-    except DAMAGE as error:
+    except (*DAMAGE, OptionError) as error:  # an encoding that is none is an option elsewhere
         raise DataError(f"a damaged graph: {error}", where=str(directory)) from error
     return gm
 
@@ -166,15 +167,20 @@ def _value(data: Any, made: dict[str, Node]) -> Any:
     return CONSTANTS[content]
 
 
+def _argument(name: str) -> bool:
+    """Whether the code that fx writes may call an argument so."""
+    return name.isidentifier() and not iskeyword(name) and name != "self"
+
+
 def _read_node(graph: Graph, entry: dict[str, Any], made: dict[str, Node], known: set[str]) -> Node:
     kind, target, kwargs = entry["op"], entry["target"], _value(entry["kwargs"], made)
     if kind not in {"placeholder", "get_attr", "call_function", "output"}:
         raise DataError(f"{kind!r} is not a kind of node")
-    if not (NAME.fullmatch(target) if kind == "get_attr" else kind == "call_function" or target.isidentifier()):
+    if not (NAME.fullmatch(target) if kind == "get_attr" else kind == "call_function" or _argument(target)):
         raise DataError(f"{target!r} is not a name")
     if kind == "get_attr" and target not in known:  # a path may lead to any object of the interpreter
         raise DataError(f"{target!r} is not a stored tensor")
-    if not all(key.isidentifier() for key in kwargs):
+    if not all(map(_argument, kwargs)):
         raise DataError(f"operands {list(kwargs)} are not names")
     resolved = resolve(target) if kind == "call_function" else target
     return graph.create_node(kind, resolved, _value(entry["args"], made), kwargs, entry["name"])

@@ -122,13 +122,14 @@ def load(directory: Path) -> Checkpoint:
         with bounded(directory):
             config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
             architecture = (config.architectures or [""])[0]
-            stated = getattr(config, "quantization_config", None)
             if not issubclass(getattr(transformers, architecture), transformers.PreTrainedModel):
                 raise DataError(f"{architecture} is no class of models", where=str(directory))
-            if stated is None:
-                model, cache = getattr(transformers, architecture).from_pretrained(directory, trust_remote_code=False).eval(), None
-            else:
-                model, cache = _compressed(directory, config, architecture, Quantization.model_validate(stated))
+            empty(config, architecture)
+        stated = getattr(config, "quantization_config", None)
+        if stated is None:
+            model, cache = getattr(transformers, architecture).from_pretrained(directory, trust_remote_code=False).eval(), None
+        else:
+            model, cache = _compressed(directory, config, architecture, Quantization.model_validate(stated))
         gm = capture(model)
         if cache is not None:
             cache.recode(gm)

@@ -18,9 +18,8 @@ def test_an_ordinary_folder_passes(tmp_path):
     (tmp_path / "model-1.safetensors").write_bytes(b"")
     (tmp_path / "link.txt").symlink_to("model-1.safetensors")
     index = {"weight_map": {"a": "model-1.safetensors"}}
-    check_checkpoint(
-        write(tmp_path, **{"model.safetensors.index": index}, config={"num_hidden_layers": 2}, tokenizer_config={"vocab_file": None})
-    )
+    write(tmp_path, **{"model.safetensors.index": index}, config={"num_hidden_layers": 2}, tokenizer_config={"vocab_file": None})
+    check_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -61,9 +60,9 @@ def test_links_that_lead_out_are_refused(tmp_path, directory):
 def test_a_model_has_no_more_than_its_folder_stores(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 100)
     with bounded(tmp_path), torch.device("meta"):
+        layer = nn.Linear(ROOM // 2, 1)
         for _ in range(3):
-            layer = nn.Linear(ROOM // 4, 1)
-        layer.weight = nn.Parameter(torch.empty(ROOM, device="meta"))  # loading puts it there again
+            layer.weight = nn.Parameter(torch.empty(ROOM, device="meta"))  # loading puts tensors where there were others
     with pytest.raises(DataError, match="greater than its weights"), bounded(tmp_path), torch.device("meta"):
         nn.Linear(ROOM, 2)
     with pytest.raises(DataError, match="greater than its weights"), bounded(tmp_path), torch.device("meta"):

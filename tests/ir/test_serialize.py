@@ -134,7 +134,7 @@ def code(data):
         lambda data: next(node for node in data["nodes"] if node["op"] == "get_attr").update(target="forward.__func__.__globals__"),
         lambda data: next(node for node in data["nodes"] if node["op"] == "placeholder").update(target="class"),
         lambda data: next(node for node in data["nodes"] if node["op"] == "placeholder").update(target="self"),
-        lambda data: data["nodes"][-1].update(kwargs={"dict": {"class": 1}}),
+        lambda data: data["nodes"][-2].update(kwargs={"dict": {"class": 1}}),
         lambda data: data["nodes"][-1].update(args={"torch": "_inductor"}),  # which torch would import
         lambda data: data["nodes"][-1].update(args={"device": 1e300}),
     ],

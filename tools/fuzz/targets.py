@@ -29,6 +29,7 @@ from tools.fuzz.mutate import Case, mutated
 
 TEXT = "text"
 LARGEST = 1 << 16  # bytes of a case that others are made of
+OTHERS = 256  # of which so many are kept
 
 
 @dataclass(frozen=True)
@@ -191,9 +192,11 @@ TARGETS: dict[str, Target] = {
 
 def cases(target: Target, count: int, seed: int) -> Iterator[Case]:
     """`count` cases made of the corpus and of one another."""
-    draw, pool = random.Random(seed), list(target.corpus())
+    draw, corpus = random.Random(seed), target.corpus()
+    others = list(corpus)
     for _ in range(count):
-        case = mutated(draw.choice(pool), draw)
+        case = mutated(draw.choice(others if draw.random() < 0.2 else corpus), draw)
         if draw.random() < 0.1 and sum(map(len, case.values())) < LARGEST:
-            pool.append(case)
+            others.append(case)
+            del others[:-OTHERS]
         yield case

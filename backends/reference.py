@@ -39,7 +39,9 @@ class ReferenceExecutable:
 
     def save(self, directory: Path) -> None:
         """Write `graph.json` and `weights.safetensors`, codes packed."""
-        save_graph(self.gm, directory)
+        stored = edit.copied(self.gm)
+        place(stored, torch.device("cpu"))
+        save_graph(stored, directory)
 
     def report(self) -> dict[str, Any]:
         """Nothing to add."""

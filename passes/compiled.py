@@ -62,15 +62,7 @@ class Compiled:
         return self.signature.wrap(self.executable(*self.signature.bind(*args, **kwargs)))
 
     def stream(
-        self,
-        input_ids: Tensor,
-        tokens: int = 64,
-        *,
-        attention_mask: Tensor | None = None,
-        end: int | None = None,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        seed: int = 0,
+        self, input_ids: Tensor, tokens: int = 64, *, attention_mask: Tensor | None = None, end: int | None = None, **choice: Any
     ) -> Iterator[Tensor]:
         """Decode with the cache: yields the next token of every row, int64 `[batch]`, up to `tokens` times.
 
@@ -81,20 +73,17 @@ class Compiled:
             tokens: to make at most.
             attention_mask: int64 `[batch, length]`, 0 where padded; all ones if None.
             end: rows that have produced this token go on with it, and decoding stops once all have.
-            temperature: 0 takes the most likely token; else tokens are drawn from the logits divided by it.
-            top_k: draw among that many most likely tokens; 0 for all.
-            seed: of what is drawn.
+            choice: of the next token, as of `passes.decoding.Choice`: `temperature`, `top_k`, `seed`.
 
         Raises:
             OptionError: the model keeps no cache, or an option has no sense.
         """
         if not self.signature.causal:
             raise OptionError("the model keeps no cache: it is not a decoder", remedy="generate with causal language models")
-        choice = Choice(temperature, top_k, seed)
-        ids = input_ids.to(self.device)
+        chosen, ids = Choice(**choice), input_ids.to(self.device)
         mask = None if attention_mask is None else attention_mask.to(self.device)
         made = self.executable.decoder(ids.shape[0], ids.shape[1] + tokens) if isinstance(self.executable, Decodes) else None
-        return decode(made or Growing(self), ids, tokens, mask, end, choice)
+        return decode(made or Growing(self), ids, tokens, mask, end, chosen)
 
     def generate(self, input_ids: Tensor, tokens: int = 64, **options: Any) -> Tensor:
         """The prompt and what `stream` adds to it, int64 `[batch, length + added]`; options as of `stream`."""

@@ -81,8 +81,11 @@ class TritonExecutable:
         return {**self.facts, "runs": EAGER if here.type == "cpu" else KERNELS.format(here)}
 
     def save(self, directory: Path) -> None:
-        """Write `graph.json`, `weights.safetensors` and `triton.json`; all planes in containers of 16 bits."""
-        save_graph(self._stored(), directory)
+        """Write `graph.json`, `weights.safetensors` and `triton.json`: all planes in containers of 16 bits, and a graph for the CPU."""
+        stored = edit.copied(self.gm)
+        place(stored, torch.device("cpu"))
+        repack(stored, self.gm.meta[COLUMNS], WIDE)
+        save_graph(stored, directory)
         about = {
             "layout": layout.VERSION,
             "signature": self.signature.to_json(),
@@ -92,11 +95,6 @@ class TritonExecutable:
         }
         with appearing(directory / FILE) as draft:
             draft.write_text(json.dumps(about), encoding="utf-8")
-
-    def _stored(self) -> GraphModule:
-        stored = edit.copied(self.gm)
-        repack(stored, self.gm.meta[COLUMNS], WIDE)
-        return stored
 
     @classmethod
     def load(cls, directory: Path) -> "TritonExecutable":

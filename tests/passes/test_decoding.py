@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ir.errors import OptionError
+from ir.signature import Port, Signature
+from passes.compiled import Compiled
 from passes.decoding import Choice, Growing, decode
 
 
@@ -50,3 +52,9 @@ def test_drawing_follows_the_seed_and_keeps_to_the_best() -> None:
 def test_choices_without_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError):
         Choice(**options)
+
+
+def test_only_decoders_generate() -> None:
+    port = Port("x", "float32", (None, 4))
+    with pytest.raises(OptionError, match="keeps no cache"):
+        Compiled(Counting(), Signature((port,), (port,)), "reference").generate(torch.ones(1, 3, dtype=torch.int64))

@@ -11,9 +11,7 @@ from ir.encoding import Encoding
 from ir.match import aten, find, is_call, operands
 from ir.ops import CHOOSE_QPARAMS, DEQUANTIZE, PACK, QUANTIZE, UNPACK
 
-LEFT = (
-    "keys or values in {} are kept by operators of several launches: there is a kernel for dynamic scales, and for bytes that are unsigned"
-)
+LEFT = "keys or values in {} are rounded by torch, in several launches: kernels take dynamic scales, and at 8 bits unsigned codes only"
 
 
 def fuse_cache(gm: GraphModule, notes: list[str]) -> int:

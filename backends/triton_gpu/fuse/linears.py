@@ -11,7 +11,8 @@ from backends.sites import Activation, QuantizedSite, quantized_sites
 from backends.triton_gpu import forms
 from backends.triton_gpu.ops.embedding import PACKED_EMBEDDING
 from backends.triton_gpu.ops.linear import PACKED_LINEAR, PACKED_LINEAR_INT8
-from backends.triton_gpu.ops.rows import QUANTIZE_ROWS, QUANTIZE_STATIC
+from backends.triton_gpu.ops.rows import QUANTIZE_ROWS
+from backends.triton_gpu.ops.static import QUANTIZE_STATIC
 from backends.triton_gpu.weights import Packed, packed
 from ir import edit
 from ir.errors import BackendError

@@ -3,18 +3,16 @@
     fxpress::quantize_rows(x, encoding) -> (codes, scale, zero)
     fxpress::hadamard_quantize_rows(x, block, encoding) -> (codes, scale, zero)
     fxpress::norm_quantize_rows(x, weight?, eps, encoding) -> (codes, scale, zero)
-    fxpress::quantize_static(x, scale, zero?, bits) -> codes
 
 `encoding` is one of a dynamic activation, one scale a token: `i8[1,-1]dynamic`, `u8[1,-1]dynamic*0.9`, `i4[1,-1]dynamic`. Codes come as
-int8 whatever their width: unsigned ones less 128, and so do their zero points. `quantize_static` is for scales that are known before; its
-codes are signed ones of `bits` bits, and it has no kernel: its body runs on every device.
+int8 whatever their width: unsigned ones less 128, and so do their zero points.
 """
 
 import torch
 from torch import Tensor
 
 from ir import hadamard, numerics, ops
-from ir.encoding import Encoding, Int
+from ir.encoding import Encoding
 
 SHIFT = 128  # of unsigned codes, to be int8
 Rows = tuple[Tensor, Tensor, Tensor]
@@ -93,19 +91,6 @@ def _(x: Tensor, weight: Tensor | None, eps: float, encoding: str) -> Rows:
     return rows.norm_quantize_rows(x, weight, eps, encoding)
 
 
-@torch.library.custom_op("fxpress::quantize_static", mutates_args=())
-def quantize_static(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    """`round(x / scale) + zero`, clamped to −2^(bits−1) … 2^(bits−1)−1: int8, the shape of `x`; `scale` and `zero` have one element."""
-    dtype = numerics.compute_dtype(x.dtype)
-    z = None if zero is None else zero.to(dtype)
-    return numerics.nearest(x.to(dtype), scale.to(dtype), z, Encoding(Int(bits), (-1,))).to(torch.int8)
-
-
-@quantize_static.register_fake
-def _(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.int8)
-
-
 @ops.hadamard.register_kernel("cuda")
 def _(x: Tensor, block: int) -> Tensor:
     from backends.triton_gpu.kernels import hadamard
@@ -116,4 +101,3 @@ def _(x: Tensor, block: int) -> Tensor:
 QUANTIZE_ROWS = torch.ops.fxpress.quantize_rows.default
 HADAMARD_QUANTIZE_ROWS = torch.ops.fxpress.hadamard_quantize_rows.default
 NORM_QUANTIZE_ROWS = torch.ops.fxpress.norm_quantize_rows.default
-QUANTIZE_STATIC = torch.ops.fxpress.quantize_static.default

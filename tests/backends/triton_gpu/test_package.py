@@ -9,6 +9,7 @@ from backends.triton_gpu import Triton, layout
 from backends.triton_gpu.package import FILE, KERNELS, TritonExecutable
 from ir import edit
 from ir.errors import DataError, FxpressError
+from ir.match import find
 from ir.place import place
 from tests.families import VOCABULARY
 
@@ -80,6 +81,16 @@ def test_it_moves_with_what_the_graph_makes_by_itself(saved):
     assert executable.device == torch.device("meta") and executable.report()["runs"] == KERNELS.format("meta")
     assert all(y.device == executable.device for y in executable(*inputs))
     assert compiled.device == torch.device("cpu")
+
+
+def test_files_are_for_the_cpu_wherever_the_model_is(saved, tmp_path):
+    compiled, _ = saved
+    gm = edit.copied(compiled.executable.gm)
+    for node in find(gm, torch.ops.aten.arange.default):
+        node.kwargs = {**node.kwargs, "device": torch.device("meta")}
+    TritonExecutable(gm, compiled.signature, {}).save(tmp_path)
+    inputs = compiled.graph.meta["example"]
+    assert torch.equal(TritonExecutable.load(tmp_path)(*inputs)[0], compiled.executable(*inputs)[0])
 
 
 def test_the_fused_graph_compiles_without_a_break(saved):

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from backends.triton_gpu.ops.rows import SHIFT, hadamard_quantize_rows, norm_quantize_rows, quantize_rows, quantize_static
-from ir import numerics, ops
+from backends.triton_gpu.ops.rows import SHIFT, hadamard_quantize_rows, norm_quantize_rows, quantize_rows
+from ir import ops
 from ir.encoding import Encoding
 
 ENCODINGS = ("i8[1,-1]dynamic", "i4[1,-1]dynamic", "u8[1,-1]dynamic*0.9")
@@ -26,14 +26,3 @@ def test_they_are_operators_as_torch_wants_them() -> None:
     torch.library.opcheck(quantize_rows, (x, ENCODINGS[0]))
     torch.library.opcheck(hadamard_quantize_rows, (x, 32, ENCODINGS[1]))
     torch.library.opcheck(norm_quantize_rows, (x, None, 1e-6, ENCODINGS[2]))
-    torch.library.opcheck(quantize_static, (x, torch.tensor([[[0.02]]]), torch.tensor([[[-3]]], dtype=torch.int8), 8))
-
-
-@pytest.mark.parametrize("text", ["i8[-1]", "u8[-1]", "u4[-1]", "i2[-1]"])
-def test_codes_of_static_scales_are_those_of_the_encoding_moved_to_int8(text: str) -> None:
-    x, encoding = torch.randn(2, 3, 64, dtype=torch.float16), Encoding.parse(text)
-    qparams = numerics.choose_qparams(torch.randn(1, 1, 4), encoding)
-    shift = 0 if encoding.symmetric else 2 ** (encoding.bits - 1)
-    zero = None if qparams.zero_point is None else (qparams.zero_point.to(torch.int16) - shift).to(torch.int8)
-    codes = quantize_static(x, qparams.scale, zero, encoding.bits)
-    assert torch.equal(codes.to(torch.int16), numerics.quantize(x, qparams, encoding).to(torch.int16) - shift)

@@ -39,7 +39,7 @@ def test_what_was_timed_goes_before_the_model(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_model_takes_the_slowest() -> None:
     form = Form(90, 4, Config(tile_m=8, tile_n=64), 2.0, 64, 20000)
-    base = estimate(form, 1, 8192, 8192, form.config)
-    assert estimate(replace(form, per_weight=20.0), 1, 8192, 8192, form.config) > 4 * base  # instructions
-    assert estimate(replace(form, bits=8, per_weight=0.1), 1, 8192, 8192, form.config) > base  # bytes
-    assert estimate(form, 8, 8192, 8192, form.config) < 1.1 * base < estimate(form, 9, 8192, 8192, form.config)
+    base = estimate(form, 1, 65536, 8192, form.config)
+    assert estimate(replace(form, per_weight=20.0), 1, 65536, 8192, form.config) > 4 * base  # instructions
+    assert estimate(replace(form, bits=8, per_weight=0.1), 1, 65536, 8192, form.config) > base  # bytes
+    assert estimate(form, 8, 65536, 8192, form.config) < 1.1 * base < estimate(form, 9, 8192, 8192, form.config)

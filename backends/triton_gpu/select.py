@@ -78,6 +78,7 @@ LAUNCH = 2.2  # microseconds of a kernel more, inside a graph
 REACHED = {8: 0.35, 16: 0.3}  # share of a device's products that a tile reaches: 8 tokens by another instruction, 16 fill half of one
 FUSED, WHOLE = 0.6, 0.85  # of wider tiles, and of torch's
 HIDING = 2  # programs that a processor needs to have one's loads behind another's work
+FEW = 64  # tokens for which no weight is written out
 SPLITS = (1, 2, 4, 8, 16, 32)
 REGISTERS, PROGRAMS = 65536, 16  # of a processor
 
@@ -94,8 +95,9 @@ def choose(kernel: str, bits: int, m: int, n: int, k: int, group: int, arch: int
     if timed:
         return config_of(min(timed, key=lambda row: int(row["m"]))["config"])
     candidates = [(estimate(form, m, n, k, config), config) for form in forms(near, bits) for config in _split(form.config, k)]
-    whole = Config("dequantize")
-    return min([*candidates, (estimate_whole(DEVICES[near], bits, m, n, k), whole)], key=lambda pair: pair[0])[1]
+    if m > FEW or not candidates:
+        candidates.append((estimate_whole(DEVICES[near], bits, m, n, k), Config("dequantize")))
+    return min(candidates, key=lambda pair: pair[0])[1]
 
 
 def estimate(form: Form, m: int, n: int, k: int, config: Config) -> float:

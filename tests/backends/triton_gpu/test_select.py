@@ -11,7 +11,7 @@ WIDTHS = range(1, 9)
 @pytest.mark.parametrize("arch", select.DEVICES)
 def test_there_are_forms_of_every_width(arch: int) -> None:
     for bits in WIDTHS:
-        assert {form.config.tile_m for form in select.forms(arch, bits)} >= {8, 16, 32}
+        assert min(form.config.tile_m for form in select.forms(arch, bits)) <= 16
         assert all(form.shared <= select.DEVICES[arch].shared for form in select.forms(arch, bits))
 
 
@@ -42,4 +42,4 @@ def test_the_model_takes_the_slowest() -> None:
     base = estimate(form, 1, 65536, 8192, form.config)
     assert estimate(replace(form, per_weight=20.0), 1, 65536, 8192, form.config) > 4 * base  # instructions
     assert estimate(replace(form, bits=8, per_weight=0.1), 1, 65536, 8192, form.config) > base  # bytes
-    assert estimate(form, 8, 65536, 8192, form.config) < 1.1 * base < estimate(form, 9, 8192, 8192, form.config)
+    assert estimate(form, 8, 65536, 8192, form.config) < 1.1 * base < estimate(form, 9, 65536, 8192, form.config)

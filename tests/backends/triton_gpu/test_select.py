@@ -15,7 +15,7 @@ def test_there_are_forms_of_every_width(arch: int) -> None:
         assert all(form.shared <= select.DEVICES[arch].shared for form in select.forms(arch, bits))
 
 
-@pytest.mark.parametrize("arch", [*select.DEVICES, 86, 100])
+@pytest.mark.parametrize("arch", [*select.DEVICES, 86, 100, 120])
 def test_few_tokens_take_small_tiles_and_many_a_whole_weight(arch: int) -> None:
     chosen = [choose("packed_linear", 4, m, 8192, 8192, 128, arch) for m in (1, 16, 64, 16384)]
     assert [config.kernel for config in chosen] == ["linear"] * 3 + ["dequantize"]

@@ -51,7 +51,7 @@ class Entry:
     fusion: bool = True
 
 
-TILES = {8: 4, 16: 4, 32: 4, 64: 4, 128: 8}  # tile M: warps
+TILES = {8: 4, 16: 4, 32: 4, 64: 4, 128: 8}  # tile M: warps, where a warp group multiplies
 WIDE, NARROW = 128, 64  # tile N
 STEP = 256  # consecutive k of a step, of widths without a plane of one bit, whose words cover 512
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
@@ -62,13 +62,25 @@ def form(arch: int, bits: int, tile_m: int, tile_n: int | None = None) -> Config
     many = len(layout.PLANES[bits]) > 1 or (bits == 1 and tile_m > 8)  # words, or codes in them, for the registers of a wide tile
     tile_n = tile_n or (NARROW if many else WIDE)
     longest = 2 * STEP if bits <= 2 and tile_m == 8 else STEP // 2 if tile_m * bits >= 512 else STEP
+    if not _in_registers(arch, bits, tile_m):
+        return None
     for step, stages in ((longest, 3), (longest, 2), (longest // 2, 3), (longest // 2, 2)):
         spans = max(1, step // codes.span(bits))
         # tokens are kept until they are multiplied, words only until they are in registers
         bytes_of = spans * codes.span(bits) * (2 * tile_m * stages + tile_n * bits // 8 * (stages - 1))
         if bytes_of + 2048 <= SHARED[arch]:
-            return Config("linear", tile_m, tile_n, spans, 4 if arch >= 90 and tile_m > 8 else 1, TILES[tile_m], stages)
+            depth, warps = (4, TILES[tile_m]) if arch >= 90 and tile_m > 8 else (1, 8 if tile_m > 32 else 4)
+            return Config("linear", tile_m, tile_n, spans, depth, warps, stages)
     return None
+
+
+def _in_registers(arch: int, bits: int, tile_m: int) -> bool:
+    """Whether a tile's sums, words and weights stay in registers, as machine code of all tiles showed."""
+    if bits == 7:
+        return tile_m == 16
+    if bits in {1, 3, 5, 6}:
+        return tile_m <= (64 if arch >= 90 and bits != 3 else 32)
+    return tile_m <= (128 if arch >= 90 or bits == 4 else 64)
 
 
 def packed_linear(arch: int) -> Iterator[Entry]:

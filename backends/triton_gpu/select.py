@@ -74,10 +74,12 @@ DEVICES = {  # A100, L40S, H200
     89: Device(142, 99 << 10, 2.2, 0.8e6, 150e6),
     90: Device(132, 227 << 10, 1.75, 4.3e6, 395e6),
 }
+LIKE = {86: 89, 120: 89, 121: 89}  # as little shared memory
 LAUNCH = 2.2  # microseconds of a kernel more, inside a graph
 REACHED = {8: 0.35, 16: 0.3}  # share of a device's products that a tile reaches: 8 tokens by another instruction, 16 fill half of one
 FUSED, WHOLE = 0.6, 0.85  # of wider tiles, and of torch's
 HIDING = 2  # programs that a processor needs to have one's loads behind another's work
+FEW = 64  # tokens for which no weight is written out
 SPLITS = (1, 2, 4, 8, 16, 32)
 REGISTERS, PROGRAMS = 65536, 16  # of a processor
 
@@ -87,15 +89,17 @@ def choose(kernel: str, bits: int, m: int, n: int, k: int, group: int, arch: int
 
     Args:
         kernel: the operator's name, `packed_linear`.
-        arch: 80, 89, 90; of others the nearest below.
+        arch: 80, 89, 90; of others the nearest below that has no more shared memory.
     """
+    arch = LIKE.get(arch, arch)
     near = max((known for known in DEVICES if known <= arch), default=min(DEVICES))
     timed = [row for row in _table()["timed"] if _key(row) == (kernel, near, bits, n, k, group) and row["m"] >= m]
     if timed:
         return config_of(min(timed, key=lambda row: int(row["m"]))["config"])
     candidates = [(estimate(form, m, n, k, config), config) for form in forms(near, bits) for config in _split(form.config, k)]
-    whole = Config("dequantize")
-    return min([*candidates, (estimate_whole(DEVICES[near], bits, m, n, k), whole)], key=lambda pair: pair[0])[1]
+    if m > FEW or not candidates:
+        candidates.append((estimate_whole(DEVICES[near], bits, m, n, k), Config("dequantize")))
+    return min(candidates, key=lambda pair: pair[0])[1]
 
 
 def estimate(form: Form, m: int, n: int, k: int, config: Config) -> float:

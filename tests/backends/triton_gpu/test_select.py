@@ -11,11 +11,11 @@ WIDTHS = range(1, 9)
 @pytest.mark.parametrize("arch", select.DEVICES)
 def test_there_are_forms_of_every_width(arch: int) -> None:
     for bits in WIDTHS:
-        assert {form.config.tile_m for form in select.forms(arch, bits)} >= {8, 16, 32}
+        assert min(form.config.tile_m for form in select.forms(arch, bits)) <= 16
         assert all(form.shared <= select.DEVICES[arch].shared for form in select.forms(arch, bits))
 
 
-@pytest.mark.parametrize("arch", [*select.DEVICES, 86, 100])
+@pytest.mark.parametrize("arch", [*select.DEVICES, 86, 100, 120])
 def test_few_tokens_take_small_tiles_and_many_a_whole_weight(arch: int) -> None:
     chosen = [choose("packed_linear", 4, m, 8192, 8192, 128, arch) for m in (1, 16, 64, 16384)]
     assert [config.kernel for config in chosen] == ["linear"] * 3 + ["dequantize"]
@@ -39,7 +39,7 @@ def test_what_was_timed_goes_before_the_model(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_model_takes_the_slowest() -> None:
     form = Form(90, 4, Config(tile_m=8, tile_n=64), 2.0, 64, 20000)
-    base = estimate(form, 1, 8192, 8192, form.config)
-    assert estimate(replace(form, per_weight=20.0), 1, 8192, 8192, form.config) > 4 * base  # instructions
-    assert estimate(replace(form, bits=8, per_weight=0.1), 1, 8192, 8192, form.config) > base  # bytes
-    assert estimate(form, 8, 8192, 8192, form.config) < 1.1 * base < estimate(form, 9, 8192, 8192, form.config)
+    base = estimate(form, 1, 65536, 8192, form.config)
+    assert estimate(replace(form, per_weight=20.0), 1, 65536, 8192, form.config) > 4 * base  # instructions
+    assert estimate(replace(form, bits=8, per_weight=0.1), 1, 65536, 8192, form.config) > base  # bytes
+    assert estimate(form, 8, 65536, 8192, form.config) < 1.1 * base < estimate(form, 9, 65536, 8192, form.config)

@@ -9,17 +9,21 @@ CODES = {"LEAST": -128, "GREATEST": 127, "REACH": 127.5, "CLIP": 1.0, "SYMMETRIC
 UNSIGNED = {"LEAST": 0, "GREATEST": 15, "REACH": 15.0, "CLIP": 1.0, "SYMMETRIC": False}
 
 
+# bits, tokens, columns of a scale, zero points of both sides
+HOPPER = (
+    *((bits, 16, K, False) for bits in range(1, 9)),
+    *((4, count, K, False) for count in (8, 64, 4096)),
+    *((4, count, 128, False) for count in (8, 16, 64, 4096)),
+    (8, 4096, K, False),
+    *((4, 16, K, True), (4, 64, 128, True), (7, 16, 64, True), (8, 64, 128, True)),
+)
+OTHERS = ((4, 16, K, False), (4, 16, 128, False))
+
+
 def products(arch: int) -> Iterator[Entry]:
     """Scales of channels for every width, and of groups and zero points for some; the forms are those that the launcher chooses."""
-    for bits in range(1, 9):
-        yield product(arch, bits, 16, K)
-    for tokens in (8, 64, 4096):
-        yield product(arch, 4, tokens, K)
-    for tokens in (8, 16, 64, 4096):
-        yield product(arch, 4, tokens, 128)
-    yield product(arch, 8, 4096, K)
-    for bits, tokens, group in ((4, 16, K), (4, 64, 128), (7, 16, 64), (8, 64, 128)):
-        yield product(arch, bits, tokens, group, zeros=True)
+    for bits, count, group, zeros in HOPPER if arch >= 90 else OTHERS:
+        yield product(arch, bits, count, group, zeros=zeros)
     yield Entry(
         name="sum of parts",
         kernel=int8_kernels.sum_kernel,
@@ -30,7 +34,7 @@ def products(arch: int) -> Iterator[Entry]:
     )
 
 
-def product(arch: int, bits: int, tokens: int, group: int, *, zeros: bool = False) -> Entry:
+def product(arch: int, bits: int, tokens: int, group: int, *, zeros: bool) -> Entry:
     form = int8.choose(bits, tokens, N, K, group, arch, zeros)
     constants = int8.constants(bits, K, group, 2.0 ** (bits - 1) if bits > 1 else 0.5, (zeros, zeros), True, False, form)
     pointers = {"codes": "*i8", "input_scale": "*fp32", "input_zero": "*i8", "plane0": "*u8", "plane1": "*u8", "plane2": "*u8"}
@@ -54,12 +58,7 @@ def product(arch: int, bits: int, tokens: int, group: int, *, zeros: bool = Fals
 
 def tokens(arch: int) -> Iterator[Entry]:
     """Transforms, norms and the choice of codes, a token a program."""
-    for order, tiles, dtype, quantize in (
-        (4096, 1, "fp16", False),
-        (4096, 1, "bf16", True),
-        (128, 3, "fp16", True),
-        (32768, 8, "fp32", False),
-    ):
+    for order, tiles, dtype, quantize in ((4096, 1, "fp16", False), (4096, 1, "bf16", True)):
         x = "*" + dtype
         yield Entry(
             name=f"hadamard{' and quantize' if quantize else ''} {order} {dtype} tiles {tiles}",

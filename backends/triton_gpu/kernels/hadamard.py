@@ -125,6 +125,7 @@ def hadamard_kernel(
 
 @functools.lru_cache(maxsize=16)
 def _signs(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made by the first call on a device, which is for that reason not one that a CUDA graph records."""
     return (matrices.hadamard(SIDE.value) * 8).to(device, dtype)
 
 

@@ -31,8 +31,9 @@ def choose(bits: int, m: int, n: int, k: int, group: int, arch: int, zeros: bool
     few, least = m <= FEW, runs_of(bits, 1)
     greatest = 128 if group >= k or not zeros else 64 if least < 8 else 16
     tile_m = min(greatest, max(8, triton.next_power_of_2(m)))
-    wide = not few and group >= k and triton.cdiv(n, 256) * triton.cdiv(m, tile_m) >= device.processors
-    runs, warps = (8, 4) if few and (tile_m < 64 or greatest == 128) else (4, 8 if tile_m > 16 else 4)
+    wide = not few and not zeros and group >= k and triton.cdiv(n, 256) * triton.cdiv(m, tile_m) >= device.processors
+    long = few and (tile_m < 64 or greatest == 128) and (arch >= 90 or group >= k)  # scales of two groups in a step spill before Hopper
+    runs, warps = (8, 4) if long else (4, 8 if tile_m > (FEW if few and not zeros else 16) else 4)
     found = Config("linear", tile_m, 256 if wide else 128, max(1, runs // least), 1, warps, 4)
     for field, most in SMALLER:
         if shared(found, bits) > device.shared:

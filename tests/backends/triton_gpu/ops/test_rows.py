@@ -26,3 +26,8 @@ def test_they_are_operators_as_torch_wants_them() -> None:
     torch.library.opcheck(quantize_rows, (x, ENCODINGS[0]))
     torch.library.opcheck(hadamard_quantize_rows, (x, 32, ENCODINGS[1]))
     torch.library.opcheck(norm_quantize_rows, (x, None, 1e-6, ENCODINGS[2]))
+
+
+@pytest.mark.parametrize("name", ["quantize_rows", "norm_quantize_rows", "hadamard_quantize_rows", "hadamard"])
+def test_on_gpus_they_have_kernels_of_their_own(name: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fxpress::{name}", "CUDA")

@@ -1,4 +1,12 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests.
+
+Kernels run in Triton's interpreter, on CPUs: the variable is read when a kernel is defined, and torch may import triton before any test
+does, so it is set here, before either. `TRITON_INTERPRET=0` runs the same tests on a GPU.
+"""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Callable
 from pathlib import Path

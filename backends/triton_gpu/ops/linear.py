@@ -60,6 +60,15 @@ def _(
     return x.new_empty([*x.shape[:-1], scale.shape[1]])
 
 
+@packed_linear.register_kernel("cuda")
+def _(
+    x: Tensor, planes: list[Tensor], scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group: int, offset: float
+) -> Tensor:
+    from backends.triton_gpu.kernels import weight_only
+
+    return weight_only.linear(x, planes, scale, zero, bias, bits, group, offset)
+
+
 @torch.library.custom_op("fxpress::packed_linear_int8", mutates_args=(), device_types="cpu")
 def packed_linear_int8(
     codes: Tensor,

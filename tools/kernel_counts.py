@@ -57,7 +57,7 @@ class Counts:
 
 
 def count(entry: Entry, arch: int) -> Counts:
-    code = machine_code.compiled(entry.kernel, entry.signature, entry.constants, arch, entry.warps, entry.stages, entry.odd)
+    code = machine_code.compiled(entry.kernel, entry.signature, entry.constants, arch, entry.warps, entry.stages, entry.odd, entry.fusion)
     return Counts(
         name=entry.name,
         arch=arch,

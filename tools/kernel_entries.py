@@ -33,6 +33,7 @@ class Entry:
         odd: arguments that are not multiples of 16.
         bits: of a weight, and
         config: the form, of entries that `select` may choose.
+        fusion: of products and sums into one rounding.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Entry:
     odd: frozenset[str] = field(default_factory=frozenset)
     bits: int = 0
     config: Config | None = None
+    fusion: bool = True
 
 
 TILES = {8: 4, 16: 4, 32: 4, 64: 4, 128: 8}  # tile M: warps
@@ -121,4 +123,6 @@ TABLE: tuple[Callable[[int], Iterator[Entry]], ...] = (packed_linear, dequantize
 
 
 def entries(arch: int) -> list[Entry]:
-    return [entry for made in TABLE for entry in made(arch)]
+    from tools import int8_entries  # noqa: PLC0415 - it makes entries, and so imports this file
+
+    return [entry for made in (*TABLE, *int8_entries.TABLE) for entry in made(arch)]

@@ -103,6 +103,7 @@ def compiled(
     warps: int,
     stages: int,
     odd: frozenset[str] = frozenset(),
+    fusion: bool = True,
 ) -> MachineCode:
     """The machine code of `kernel` for `sm_{arch}`, with arguments of the types of `signature`, all aligned but those of `odd`."""
     if not hasattr(kernel, "arg_names") or os.environ.get("TRITON_INTERPRET", "0") == "1":
@@ -116,7 +117,7 @@ def compiled(
     made = triton.compile(
         ASTSource(kernel, names, dict(constants), aligned),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": warps, "num_stages": stages},
+        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fusion},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])

@@ -37,9 +37,16 @@ def test_a_kernel_compiles_for_every_architecture_and_passes_the_gates() -> None
 
 
 def test_launchers_compile_what_they_launch_and_not_again_for_other_tokens() -> None:
-    lines = _run("tests.backends.triton_gpu.kernels.dry_launch").splitlines()
+    lines = _run("tests.backends.triton_gpu.kernels.dry_launch", "linears").splitlines()
     split = ["linear_kernel 1 2 2", "sum_kernel 1 1 1"]
     assert lines == [*split, *split, *["dequantize_kernel 2 4 1"] * 2, "compiled 3"]
+
+
+def test_integer_kernels_are_compiled_once_for_all_numbers_of_tokens() -> None:
+    lines = _run("tests.backends.triton_gpu.kernels.dry_launch", "integers").splitlines()
+    names = [line.partition(" ")[0] for line in lines]
+    block = ["rows_kernel", "hadamard_kernel", "linear_kernel", "sum_kernel", "quantize_kernel", "dequantize_kernel"]
+    assert names == [*block, *block, "compiled"] and lines[-1] == "compiled 6"
 
 
 def test_committed_counts_are_of_the_entries_and_under_their_limits() -> None:

@@ -35,6 +35,13 @@ def _(x: Tensor, encoding: str, scale_dtype: torch.dtype | None = None) -> Kept:
     return packed, scale, torch.empty_like(scale, dtype=torch.uint8)
 
 
+@quantize_cache.register_kernel("cuda")
+def _(x: Tensor, encoding: str, scale_dtype: torch.dtype | None = None) -> Kept:
+    from backends.triton_gpu.kernels import cache
+
+    return cache.quantize_cache(x, encoding, scale_dtype)
+
+
 @torch.library.custom_op("fxpress::dequantize_cache", mutates_args=(), device_types="cpu")
 def dequantize_cache(packed: Tensor, scale: Tensor, zero: Tensor | None, encoding: str, dtype: torch.dtype) -> Tensor:
     """The values `[..., width]` of codes that `quantize_cache` packed, in `dtype`."""
@@ -45,6 +52,13 @@ def dequantize_cache(packed: Tensor, scale: Tensor, zero: Tensor | None, encodin
 @dequantize_cache.register_fake
 def _(packed: Tensor, scale: Tensor, zero: Tensor | None, encoding: str, dtype: torch.dtype) -> Tensor:
     return packed.new_empty([*packed.shape[:-1], packed.shape[-1] * packing.per_byte(Encoding.parse(encoding))], dtype=dtype)
+
+
+@dequantize_cache.register_kernel("cuda")
+def _(packed: Tensor, scale: Tensor, zero: Tensor | None, encoding: str, dtype: torch.dtype) -> Tensor:
+    from backends.triton_gpu.kernels import cache
+
+    return cache.dequantize_cache(packed, scale, zero, encoding, dtype)
 
 
 QUANTIZE_CACHE = torch.ops.fxpress.quantize_cache.default

@@ -125,5 +125,24 @@ def _(
     return codes.new_empty([*codes.shape[:-1], scale.shape[1]], dtype=dtype)
 
 
+@packed_linear_int8.register_kernel("cuda")
+def _(
+    codes: Tensor,
+    input_scale: Tensor,
+    input_zero: Tensor | None,
+    planes: list[Tensor],
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    offset: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    from backends.triton_gpu.kernels import int8
+
+    return int8.packed_linear_int8(codes, input_scale, input_zero, planes, scale, zero, bias, bits, group, offset, dtype)
+
+
 PACKED_LINEAR = torch.ops.fxpress.packed_linear.default
 PACKED_LINEAR_INT8 = torch.ops.fxpress.packed_linear_int8.default

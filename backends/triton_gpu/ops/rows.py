@@ -11,7 +11,7 @@ int8 whatever their width: unsigned ones less 128, and so do their zero points.
 import torch
 from torch import Tensor
 
-from ir import hadamard, numerics
+from ir import hadamard, numerics, ops
 from ir.encoding import Encoding
 
 SHIFT = 128  # of unsigned codes, to be int8
@@ -48,6 +48,13 @@ def _(x: Tensor, encoding: str) -> Rows:
     return _like(x)
 
 
+@quantize_rows.register_kernel("cuda")
+def _(x: Tensor, encoding: str) -> Rows:
+    from backends.triton_gpu.kernels import rows
+
+    return rows.quantize_rows(x, encoding)
+
+
 @torch.library.custom_op("fxpress::hadamard_quantize_rows", mutates_args=(), device_types="cpu")
 def hadamard_quantize_rows(x: Tensor, block: int, encoding: str) -> Rows:
     """`quantize_rows` of `fxpress::hadamard(x, block)`, whose result is rounded to the dtype of `x` first."""
@@ -59,6 +66,13 @@ def _(x: Tensor, block: int, encoding: str) -> Rows:
     return _like(x)
 
 
+@hadamard_quantize_rows.register_kernel("cuda")
+def _(x: Tensor, block: int, encoding: str) -> Rows:
+    from backends.triton_gpu.kernels import hadamard
+
+    return hadamard.hadamard_quantize_rows(x, block, encoding)
+
+
 @torch.library.custom_op("fxpress::norm_quantize_rows", mutates_args=(), device_types="cpu")
 def norm_quantize_rows(x: Tensor, weight: Tensor | None, eps: float, encoding: str) -> Rows:
     """`quantize_rows` of `rms_norm(x, weight, eps)` over the last axis, whose result is rounded to the dtype of `x` first."""
@@ -68,6 +82,20 @@ def norm_quantize_rows(x: Tensor, weight: Tensor | None, eps: float, encoding: s
 @norm_quantize_rows.register_fake
 def _(x: Tensor, weight: Tensor | None, eps: float, encoding: str) -> Rows:
     return _like(x)
+
+
+@norm_quantize_rows.register_kernel("cuda")
+def _(x: Tensor, weight: Tensor | None, eps: float, encoding: str) -> Rows:
+    from backends.triton_gpu.kernels import rows
+
+    return rows.norm_quantize_rows(x, weight, eps, encoding)
+
+
+@ops.hadamard.register_kernel("cuda")
+def _(x: Tensor, block: int) -> Tensor:
+    from backends.triton_gpu.kernels import hadamard
+
+    return hadamard.hadamard(x, block)
 
 
 QUANTIZE_ROWS = torch.ops.fxpress.quantize_rows.default

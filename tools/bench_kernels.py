@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor
 from ir.errors import FxpressError, OptionError
 from tools.gpu import timing
 from tools.gpu.cases import LARGE, LOST, SMALL, Outcome, cases, run
-from tools.gpu.checks import Inputs
+from tools.gpu.checks import Inputs, described
 from tools.gpu.checks_rows import Rows
 from tools.gpu.problems import Problem, Product, operator, ours, rotation
 from tools.gpu.profile import least, profile
@@ -92,17 +93,23 @@ def measured(found: Found, device: torch.device, budget: Budget) -> list[Outcome
     for problem in _problems(found):
         if budget.left < RESERVED:
             found.left_out.append(f"{problem.key(OURS)}")
-        elif wrong := _ours(found, problem, device, budget):
+        elif wrong := _reported(partial(_ours, found, problem, device, budget)):
             return [Outcome(f"{problem.key(OURS)}", wrong)]
     for case, given in _rotations(found, device):
-        found.timings[Key(ROTATION, case.K, 0, case.M, OURS)] = timed(
-            [lambda case=case, given=given: case.call(given)] * 16, budget.replays()
-        )
-    by_key = {problem.key(OURS): problem for problem in _problems(found)}
-    for key in found.worst():
-        problem = by_key[key]
-        found.profiles.append(profile(problem, ours(problem, problem.inputs(found.seed, device)), found.ceilings))
+        if wrong := _reported(partial(_rotation, found, case, given, budget)):
+            return [Outcome(described(case), wrong)]
+    for problem in [each for each in _problems(found) if each.key(OURS) in found.worst()]:
+        if wrong := _reported(partial(_profiled, found, problem, device)):  # some machines do not allow it
+            found.absent.setdefault("torch.profiler", set()).add(wrong)
     return []
+
+
+def _reported(part: Callable[[], str]) -> str:
+    """What is wrong, in words, of what raises too."""
+    try:
+        return part()
+    except Exception as error:
+        return "".join(traceback.format_exception(error, limit=-3))
 
 
 def compared(found: Found, device: torch.device, budget: Budget, peers: list[str]) -> None:
@@ -133,6 +140,19 @@ def _ours(found: Found, problem: Problem, device: torch.device, budget: Budget) 
     if theirs not in found.timings:
         found.timings[theirs] = timed(torch_bf16(problem, given).calls, budget.replays())
     print(f"{key}: {found.timings[key].median:.2f} µs, {found.ratio(key):.2f} x torch bf16", flush=True)
+    return ""
+
+
+def _rotation(found: Found, case: Rows, given: Inputs, budget: Budget) -> str:
+    if wrong := case.judge(given, case.call(given)):
+        return wrong
+    found.timings[Key(ROTATION, case.K, 0, case.M, OURS)] = timed([partial(case.call, given)] * 16, budget.replays())
+    return ""
+
+
+def _profiled(found: Found, problem: Problem, device: torch.device) -> str:
+    assert found.ceilings is not None
+    found.profiles.append(profile(problem, ours(problem, problem.inputs(found.seed, device)), found.ceilings))
     return ""
 
 

@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,7 +30,7 @@ from ir.errors import FxpressError, OptionError
 from ir.files import appearing
 from tools.gpu import timing
 from tools.gpu.candidates import CHECKED, SMALL, Formed, architecture, candidates, tuned_by
-from tools.gpu.cases import LOST, run
+from tools.gpu.cases import LOST, Outcome, run
 from tools.gpu.problems import Problem, turns
 from tools.gpu.targets import FORMATS, OURS, TOKENS, problems
 from tools.gpu.timing import Budget, timed
@@ -75,7 +76,8 @@ def main(arguments: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     left = sum(row_of(path, each, here) is None for each in asked)
-    print(*(f"WRONG: {each}" for each in wrong), sep="\n")
+    for each in wrong:
+        print("WRONG:", each)
     print(
         f"{len(asked) - left} of {len(asked)} problems are tuned, after {budget.used:.0f} s{'; run it again for the others' * bool(left)}"
     )
@@ -102,10 +104,15 @@ def checked(
     cases = {Formed.of(each, config, size): None for each, found in tried.items() for config in found}
     outcomes = dict(zip(cases, run(cases, int.from_bytes(os.urandom(3)), device, workers, Budget(0.6 * budget.left)), strict=True))
     right = {each: [config for config in found if not outcomes[Formed.of(each, config, size)].wrong] for each, found in tried.items()}
-    good = sum(not each.wrong for each in outcomes.values())
-    print(f"{good} of {len(outcomes)} forms compile and are right, after {budget.used:.0f} s", flush=True)
+    good, reasons = sum(not each.wrong for each in outcomes.values()), Counter(_reason(each) for each in outcomes.values() if each.raised)
+    print(f"{good} of {len(outcomes)} forms compile and are right, after {budget.used:.0f} s; others: {dict(reasons)}", flush=True)
     bad = [each for each in outcomes.values() if each.wrong and (not each.raised or LOST.match(each.wrong.partition(": ")[2]))]
     return right, [f"{each.case}: {each.wrong}" for each in bad]
+
+
+def _reason(outcome: Outcome) -> str:
+    """The kind of error."""
+    return outcome.wrong.partition(":")[0]
 
 
 def tune(right: Right, here: Here, path: Path, clock: Clock, budget: Budget) -> list[str]:

@@ -95,6 +95,16 @@ def test_a_result_that_is_wrong_at_its_own_shape_ends_the_run(found, monkeypatch
     assert wrong.case == "W4A16, 256 × 128, M = 1" and not found.timings
 
 
+def test_what_an_operator_raises_is_reported_and_what_the_profiler_raises_is_noted(found, monkeypatch):
+    monkeypatch.setattr(bench_kernels, "profile", lambda *_: 1 / 0)
+    monkeypatch.setattr(Found, "worst", lambda found: [Key("W4A16", 256, 128, 1, OURS)])
+    assert bench_kernels.measured(found, CPU, timing.Budget(1e4)) == []
+    assert "ZeroDivisionError" in "".join(found.absent["torch.profiler"])
+    monkeypatch.setattr(bench_kernels, "timed", lambda *_: 1 / 0)
+    (wrong,) = bench_kernels.measured(found, CPU, timing.Budget(1e4))
+    assert "ZeroDivisionError" in wrong.wrong
+
+
 @dataclass(frozen=True)
 class Broken:
     """A case whose first output is spoilt."""

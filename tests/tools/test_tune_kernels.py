@@ -6,6 +6,7 @@ import torch
 
 from backends.triton_gpu import select
 from backends.triton_gpu.select import Config
+from ir.errors import DataError
 from tools import tune_kernels
 from tools.gpu import timing
 from tools.gpu.candidates import TUNED, candidates
@@ -103,5 +104,9 @@ def test_forms_differ_in_one_field_from_those_of_the_model(table):
     first = found[0]
     assert len(found) == len(set(found)) and 15 < len(found) < 40
     assert all(sum(getattr(one, name) != getattr(first, name) for name in vars(first)) <= 1 for one in found[:13])
+    other = Problem(FORMATS["W3A16"], 4096, 4096, 1, torch.bfloat16)  # of a width that was not counted
+    assert candidates(TUNED["packed_linear"], other, 90)[0].tile_m == 8
+    with pytest.raises(DataError, match="kernel_counts --write"):
+        candidates(TUNED["packed_linear"], problem, 80)
     known = Config(tile_m=16, stages=5)
     assert candidates(TUNED["packed_linear"], problem, 90, known)[0] == known

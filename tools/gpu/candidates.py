@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from backends.triton_gpu import select
+from backends.triton_gpu import layout, select
 from backends.triton_gpu.select import Config
 from ir.errors import DataError
 from tools.gpu.checks import Inputs, Linear
@@ -108,18 +108,21 @@ def _int8(case: Linear, given: Inputs, config: Config) -> Tensor:
 def _linear_starts(problem: Problem, arch: int) -> list[Config]:
     shape = (problem.M, problem.N, problem.K)
     best: dict[Config, float] = {}
-    for form in select.forms(arch, problem.format.bits):
+    for form in _forms(problem.format.bits, arch):
         splits = [replace(form.config, split=split) for split in select.SPLITS]
         times = {config: select.estimate(form, *shape, config) for config in splits}
         fastest = min(times, key=times.__getitem__)
         best[fastest] = times[fastest]
-    if not best:
-        raise DataError(
-            f"there are no forms of {problem.format.bits} bits for sm_{arch}",
-            where="backends/triton_gpu/configs.json",
-            remedy="python -m tools.kernel_counts --write",
-        )
     return sorted(best, key=best.__getitem__)[:STARTS]
+
+
+def _forms(bits: int, arch: int) -> list[select.Form]:
+    """Of the width, or of the nearest that has any."""
+    for near in sorted(layout.PLANES, key=lambda width: abs(width - bits)):
+        if found := select.forms(arch, near):
+            return found
+    where, remedy = "backends/triton_gpu/configs.json", "python -m tools.kernel_counts --write"
+    raise DataError(f"there are no forms for sm_{arch}", where=where, remedy=remedy)
 
 
 def _int8_starts(problem: Problem, arch: int) -> list[Config]:
@@ -133,7 +136,7 @@ OF_BOTH = {"tile_n": (64, 128, 256), "spans": (1, 2, 4), "warps": (4, 8), "stage
 TUNED = {
     each.name: each
     for each in (
-        Tuned("packed_linear", _linear, _linear_starts, OF_BOTH | {"depth": (1, 2, 4), "before": (False, True)}),
+        Tuned("packed_linear", _linear, _linear_starts, OF_BOTH | {"depth": (1, 2, 4)}),
         Tuned("packed_linear_int8", _int8, _int8_starts, OF_BOTH),
     )
 }

@@ -89,17 +89,27 @@ def choose(kernel: str, bits: int, m: int, n: int, k: int, group: int, arch: int
 
     Args:
         kernel: the operator's name, `packed_linear`.
-        arch: 80, 89, 90; of others the nearest below that has no more shared memory.
+        arch: 80, 89, 90, or another that is `near` one of these.
     """
-    arch = LIKE.get(arch, arch)
-    near = max((known for known in DEVICES if known <= arch), default=min(DEVICES))
-    timed = [row for row in _table()["timed"] if _key(row) == (kernel, near, bits, n, k, group) and row["m"] >= m]
-    if timed:
-        return config_of(min(timed, key=lambda row: int(row["m"]))["config"])
-    candidates = [(estimate(form, m, n, k, config), config) for form in forms(near, bits) for config in _split(form.config, k)]
+    if known := timed(kernel, bits, m, n, k, group, arch):
+        return known
+    arch = near(arch)
+    candidates = [(estimate(form, m, n, k, config), config) for form in forms(arch, bits) for config in _split(form.config, k)]
     if m > FEW or not candidates:
-        candidates.append((estimate_whole(DEVICES[near], bits, m, n, k), Config("dequantize")))
+        candidates.append((estimate_whole(DEVICES[arch], bits, m, n, k), Config("dequantize")))
     return min(candidates, key=lambda pair: pair[0])[1]
+
+
+def near(arch: int) -> int:
+    """The known architecture whose forms run on another: the nearest below that has no more shared memory."""
+    arch = LIKE.get(arch, arch)
+    return max((known for known in DEVICES if known <= arch), default=min(DEVICES))
+
+
+def timed(kernel: str, bits: int, m: int, n: int, k: int, group: int, arch: int) -> Config | None:
+    """The form that was fastest on a GPU for so many tokens or the next more that were timed; None if none was."""
+    rows = [row for row in _table()["timed"] if _key(row) == (kernel, near(arch), bits, n, k, group) and row["m"] >= m]
+    return config_of(min(rows, key=lambda row: int(row["m"]))["config"]) if rows else None
 
 
 def estimate(form: Form, m: int, n: int, k: int, config: Config) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 from backends.triton_gpu import layout
 from backends.triton_gpu.kernels.int8_kernels import linear_kernel, sum_kernel
 from backends.triton_gpu.kernels.launch import arch_of
-from backends.triton_gpu.select import DEVICES, Config
+from backends.triton_gpu.select import DEVICES, Config, near, timed
 from ir.errors import OptionError
 
 # A sum of 32 bits holds fewer products than these: of centred codes with activations, and of those with zero points on both sides.
@@ -24,10 +24,14 @@ SUMMED = 512  # outputs of a program that adds parts
 def choose(bits: int, m: int, n: int, k: int, group: int, arch: int, zeros: bool = False) -> Config:
     """The form for `m` tokens and a weight `[n, k]` of `bits` bits with scales for `group` columns, on an architecture as 90.
 
-    A rule, not yet checked against a clock: steps as long and as many in flight as shared memory holds; for many tokens large tiles, as
-    far as there is one for every processor, and registers for sums of groups, those of zero points too, beside their total.
+    A timed one if there is one; those are of weights without zero points. Else a rule, not checked against a clock: steps as long and as
+    many in flight as shared memory holds; for many tokens large tiles, as far as there is one for every processor, and registers for sums
+    of groups, those of zero points too, beside their total.
     """
-    device = DEVICES[max((known for known in DEVICES if known <= arch), default=min(DEVICES))]
+    if not zeros and (known := timed("packed_linear_int8", bits, m, n, k, group, arch)):
+        return known
+    arch = near(arch)
+    device = DEVICES[arch]
     few, least = m <= FEW, runs_of(bits, 1)
     greatest = 128 if group >= k or not zeros else 64 if least < 8 else 16
     tile_m = min(greatest, max(8, triton.next_power_of_2(m)))

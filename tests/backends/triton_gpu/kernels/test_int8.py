@@ -3,10 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from backends.triton_gpu import layout
+from backends.triton_gpu import layout, select
 from backends.triton_gpu.kernels import int8
 from backends.triton_gpu.ops.linear import packed_linear_int8
-from backends.triton_gpu.select import DEVICES, Config
+from backends.triton_gpu.select import DEVICES, Config, near
 from ir.errors import OptionError
 
 SMALL = Config("linear", tile_m=8, tile_n=32, spans=1)
@@ -102,7 +102,7 @@ def test_what_the_kernel_has_no_integers_for_is_refused() -> None:
 @pytest.mark.parametrize("arch", [*DEVICES, 120])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_a_form_fits_the_device_and_fills_it(arch: int, zeros: bool) -> None:
-    device = DEVICES[arch] if arch in DEVICES else DEVICES[max(DEVICES)]
+    device = DEVICES[near(arch)]
     for bits in layout.PLANES:
         for m in (1, 16, 64, 65, 4096):
             for group in (128, 4096):
@@ -110,3 +110,10 @@ def test_a_form_fits_the_device_and_fills_it(arch: int, zeros: bool) -> None:
                 assert int8.shared(form, bits) <= device.shared
                 assert form.tile_m >= min(m, 16 if zeros and group == 128 else 64)  # sums of zero points take registers
         assert int8.choose(bits, 1, 4096, 4096, 128, arch).split > 1 == int8.choose(bits, 4096, 4096, 4096, 128, arch).split
+
+
+def test_what_was_timed_goes_before_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"kernel": "packed_linear_int8", "arch": 90, "bits": 4, "n": 4096, "k": 4096, "group": 4096, "m": 16}
+    monkeypatch.setattr(select, "_table", lambda: {"forms": [], "timed": [row | {"config": {"tile_m": 16, "split": 7}}]})
+    assert int8.choose(4, 9, 4096, 4096, 4096, 90) == Config(tile_m=16, split=7)
+    assert int8.choose(4, 9, 4096, 4096, 4096, 90, zeros=True) != Config(tile_m=16, split=7) != int8.choose(4, 9, 4096, 4096, 4096, 80)

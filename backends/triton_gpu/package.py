@@ -15,11 +15,12 @@ from backends.triton_gpu.fuse.linears import COLUMNS, NARROW, WIDE
 from backends.triton_gpu.ops.linear import PACKED_LINEAR_INT8
 from ir import edit
 from ir.errors import DataError, OptionError
-from ir.files import appearing
+from ir.files import appearing, inside, read_json
 from ir.match import find, operands
 from ir.place import device_of, on, place
 from ir.serialize import load_graph, save_graph
 from ir.signature import Signature
+from ir.stated import signature_of
 
 FILE = "triton.json"
 EAGER = "the operators' eager bodies, in torch on the CPU: exact, and slow; move the model to an NVIDIA GPU for the kernels"
@@ -104,10 +105,10 @@ class TritonExecutable:
             DataError: there is none, it is damaged, or its weights are in another version of the layout.
         """
         try:
-            about = json.loads((directory / FILE).read_text(encoding="utf-8"))
-            version, signature, columns = about["layout"], Signature.from_json(about["signature"]), dict(about[COLUMNS])
+            about = read_json(inside(directory, FILE))
+            version, signature, columns = about["layout"], signature_of(about["signature"]), dict(about[COLUMNS])
             grows, facts = str(about["grows"]), dict(about["facts"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (DataError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise DataError(f"not a folder of the triton backend: {error}", where=str(directory), remedy=f"it has a {FILE}") from error
         if version != layout.VERSION:
             raise DataError(

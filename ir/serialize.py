@@ -173,14 +173,14 @@ def _argument(name: str) -> bool:
 
 
 def _read_node(graph: Graph, entry: dict[str, Any], made: dict[str, Node], known: set[str]) -> Node:
-    kind, target, kwargs = entry["op"], entry["target"], _value(entry["kwargs"], made)
+    kind, target, args, kwargs = entry["op"], entry["target"], _value(entry["args"], made), _value(entry["kwargs"], made)
     if kind not in {"placeholder", "get_attr", "call_function", "output"}:
         raise DataError(f"{kind!r} is not a kind of node")
     if not (NAME.fullmatch(target) if kind == "get_attr" else kind == "call_function" or _argument(target)):
         raise DataError(f"{target!r} is not a name")
     if kind == "get_attr" and target not in known:  # a path may lead to any object of the interpreter
         raise DataError(f"{target!r} is not a stored tensor")
-    if not all(map(_argument, kwargs)):
-        raise DataError(f"operands {list(kwargs)} are not names")
+    if not isinstance(args, tuple) or not isinstance(kwargs, dict) or not all(map(_argument, kwargs)):
+        raise DataError(f"{args!r} and {kwargs!r} are not operands")
     resolved = resolve(target) if kind == "call_function" else target
-    return graph.create_node(kind, resolved, _value(entry["args"], made), kwargs, entry["name"])
+    return graph.create_node(kind, resolved, args, kwargs, entry["name"])

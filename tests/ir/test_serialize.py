@@ -137,6 +137,7 @@ def code(data):
         lambda data: data["nodes"][-2].update(kwargs={"dict": {"class": 1}}),
         lambda data: data["nodes"][-1].update(args={"torch": "_inductor"}),  # which torch would import
         lambda data: data["nodes"][-1].update(args={"device": 1e300}),
+        lambda data: data["nodes"][-1].update(args=True),
     ],
 )
 def test_what_reaches_further_or_does_not_fit_is_refused(families, tmp_path, change):

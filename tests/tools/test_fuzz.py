@@ -11,7 +11,7 @@ from ir.errors import FxpressError
 from passes.recipe import Recipe
 from tools.fuzz.targets import RECIPE, TARGETS, Target, cases, check
 
-COUNTS = {"checkpoint": 25, "tokenizer": 25, "graph": 120, "onnx": 120, "report": 60, "pipeline": 60}
+COUNTS = {"checkpoint": 25, "tokenizer": 25, "graph": 120, "packed": 60, "onnx": 120, "report": 60, "pipeline": 60}
 
 
 @pytest.mark.parametrize("name", TARGETS)

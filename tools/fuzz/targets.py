@@ -86,16 +86,22 @@ def _saved(write: Callable[[Path], object]) -> Callable[[], list[Case]]:
 
 
 @cache
-def _compiled() -> passes.Compiled:
+def _compiled(backend: str = "reference") -> passes.Compiled:
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4)).eval()
-    return passes.compile(model, "annotate(scheme='W4A16', group=16), round_weights(method='nearest')", args=(torch.randn(2, 16),))
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4)).eval()
+    marked = "annotate(scheme='W4A16', group=32, ignore=('2',)), annotate(scheme='W3A8', targets=('2',))"
+    return passes.compile(model, f"{marked}, round_weights(method='nearest'), quantize", backend=backend, args=(torch.randn(2, 32),))
 
 
 def _only(*names: str) -> Callable[[], list[Case]]:
     """Some files of a small compiled model."""
     whole = _saved(lambda folder: _compiled().save(folder))
     return lambda: [{name: content for name, content in case.items() if name in names} for case in whole()]
+
+
+def _packed(folder: Path) -> None:
+    """Load packed weights; whether all of them go together shows when the graph is saved again."""
+    passes.load(folder).save(folder / "again")
 
 
 def write_onnx(folder: Path) -> None:
@@ -175,6 +181,7 @@ TARGETS: dict[str, Target] = {
     "encoding": Target(_texts("i4[1,128]", "u8[1,-1]dynamic*0.9", "f8e4m3[-1]", "i4[1,32]/i8[1,-1]dynamic"), _encoding),
     "recipe": Target(lambda: [{"recipe.yaml": RECIPE.encode()}], lambda folder: Recipe.read(folder / "recipe.yaml")),
     "graph": Target(_only("fxpress.json", "graph.json", "weights.safetensors"), passes.load),
+    "packed": Target(_saved(lambda folder: _compiled("triton").save(folder)), _packed),
     "onnx": Target(_saved(write_onnx), passes.load),
     "checkpoint": Target(_saved(write_llama), lambda folder: load_model(str(folder))),
     "tokenizer": Target(_saved(_tokenizer), load_tokenizer),

@@ -1,6 +1,6 @@
 """Compiles kernels ahead of time, without a GPU, and counts what they are made of: registers, spills, shared memory, instructions.
 
-    python -m tools.kernel_counts                         # every entry of tools/kernel_entries.py for sm_80, sm_89 and sm_90
+    python -m tools.kernel_counts                         # every entry of tools/gpu/entries.py for sm_80, sm_89 and sm_90
     python -m tools.kernel_counts --arch 90 --only u4     # entries in whose names "u4" is found
     python -m tools.kernel_counts --check                 # exit 1 if a gate fails, or a count grew by more than 15 %
     python -m tools.kernel_counts --write                 # into tools/results/kernel_counts.*, and forms into triton_gpu/configs.json
@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from triton.errors import TritonError
 
-from tools import machine_code
-from tools.kernel_entries import ARCHITECTURES, SHARED, Entry, entries
-from tools.machine_code import MachineCode
+from tools.gpu import machine_code
+from tools.gpu.entries import ARCHITECTURES, SHARED, Entry, entries
+from tools.gpu.machine_code import MachineCode
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tools" / "results" / "kernel_counts.json"

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from tools import kernel_counts, machine_code
+from tools import kernel_counts
+from tools.gpu import machine_code
+from tools.gpu.entries import ARCHITECTURES, Entry, entries
 from tools.kernel_counts import Counts
-from tools.kernel_entries import ARCHITECTURES, Entry, entries
 
 COMPILED = {"TRITON_INTERPRET": "0"}
 # instructions per weight on Hopper that kernels stay under

@@ -135,6 +135,6 @@ TABLE: tuple[Callable[[int], Iterator[Entry]], ...] = (packed_linear, dequantize
 
 
 def entries(arch: int) -> list[Entry]:
-    from tools import int8_entries  # noqa: PLC0415 - it makes entries, and so imports this file
+    from tools.gpu import entries_int8  # noqa: PLC0415 - it makes entries, and so imports this file
 
-    return [entry for made in (*TABLE, *int8_entries.TABLE) for entry in made(arch)]
+    return [entry for made in (*TABLE, *entries_int8.TABLE) for entry in made(arch)]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from backends.triton_gpu.kernels import cache, hadamard, int8, int8_kernels, rows
-from tools.kernel_entries import Entry, K, N
+from tools.gpu.entries import Entry, K, N
 
 CODES = {"LEAST": -128, "GREATEST": 127, "REACH": 127.5, "CLIP": 1.0, "SYMMETRIC": True}
 UNSIGNED = {"LEAST": 0, "GREATEST": 15, "REACH": 15.0, "CLIP": 1.0, "SYMMETRIC": False}

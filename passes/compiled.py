@@ -200,6 +200,8 @@ def load(directory: str | Path) -> Compiled:
         DataError: not such a folder, or a damaged one.
     """
     directory = Path(directory)
+    if not (directory / MANIFEST).exists():
+        raise DataError(f"not a folder that fxpress saved: there is no {MANIFEST}", where=str(directory))
     try:
         manifest = read_json(inside(directory, MANIFEST))
         if manifest["format"] != FORMAT:
@@ -208,5 +210,5 @@ def load(directory: str | Path) -> Compiled:
         if not backend.isidentifier():  # options are the caller's, not the folder's
             raise DataError(f"{backend!r} is not the name of a backend", where=str(directory))
     except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise DataError(f"not a folder that fxpress saved: {error}", where=str(directory), remedy=f"it has a {MANIFEST}") from error
+        raise DataError(f"not a folder that fxpress saved: {error}", where=str(directory)) from error
     return Compiled(registry.backend(backend).load(directory), signature, backend)

@@ -104,12 +104,14 @@ class TritonExecutable:
         Raises:
             DataError: there is none, it is damaged, or its weights are in another version of the layout.
         """
+        if not (directory / FILE).exists():
+            raise DataError(f"not a folder of the triton backend: there is no {FILE}", where=str(directory))
         try:
             about = read_json(inside(directory, FILE))
             version, signature, columns = about["layout"], signature_of(about["signature"]), dict(about[COLUMNS])
             grows, facts = str(about["grows"]), dict(about["facts"])
-        except (DataError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
-            raise DataError(f"not a folder of the triton backend: {error}", where=str(directory), remedy=f"it has a {FILE}") from error
+        except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+            raise DataError(f"not a folder of the triton backend: {error}", where=str(directory)) from error
         if version != layout.VERSION:
             raise DataError(
                 f"the weights are packed in version {version} of the layout, this version of fxpress reads {layout.VERSION}",

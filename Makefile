@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 OUT := out/demo
 PROMPT ?= The Prime Minister says the Government
 
-.PHONY: demo test test-all lint docs install clean
+.PHONY: demo test test-all lint kernels docs install clean
 
 demo: $(INSTALLED)
 	$(BIN)/fxpress compile fixtures/tiny-llama --pipeline w4a16 --calibration fixtures/calibration.txt \
@@ -26,6 +26,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Every kernel and every entry of the table, for three architectures, without a GPU: no spills, and no more instructions than committed.
+kernels: $(INSTALLED)
+	$(BIN)/python -m tools.kernel_counts --check
 
 # The variable keeps a notice of the theme out of the output, on versions of mkdocs that constraints.txt rules out.
 docs: $(INSTALLED)

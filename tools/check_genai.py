@@ -48,6 +48,14 @@ def same(ours: Sequence[int], others: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(ours, others, strict=True)) if a != b), len(ours))
 
 
+@torch.no_grad()
+def lead(oracle: Compiled, ids: torch.Tensor, ours: Sequence[int], agreed: int) -> float:
+    """The oracle's probability of its own next token less that of ours, where the two first differ."""
+    prefix = torch.cat([ids, torch.tensor([list(ours[:agreed])], dtype=ids.dtype)], -1)
+    p = oracle(input_ids=prefix).logits[0, -1].float().softmax(-1)
+    return float(p.max() - p[ours[agreed]])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a folder with a checkpoint and its tokenizer")
@@ -60,9 +68,10 @@ def main() -> None:
     calibration = token_windows(options.calibration.read_text(encoding="utf-8"), tokenizer, window=128, count=32, seed=0).split(8)
     lines = [
         f"`python -m tools.check_genai {options.model}`; onnxruntime-genai {onnxruntime_genai.__version__}, {options.tokens} greedy tokens "
-        f"after each of {len(PROMPTS)} prompts: how many are the same.\n",
-        "| scheme | onnxruntime-genai and ours | ours and the oracle's |",
-        "|---|---|---|",
+        f"after each of {len(PROMPTS)} prompts: how many are the same. Where the oracle goes another way: its probability "
+        "of its own token there, less that of ours.\n",
+        "| scheme | onnxruntime-genai and ours | ours and the oracle's | the oracle's lead where they part |",
+        "|---|---|---|---|",
     ]
     failed = False
     for name, pipeline in SCHEMES.items():
@@ -71,7 +80,7 @@ def main() -> None:
             out = compiled.save(Path(folder) / "out")
             oracle = Compiled(ReferenceExecutable(compiled.graph), compiled.signature, "reference")  # type: ignore[arg-type]
             loaded, runtime = passes.load(out), onnxruntime_genai.Model(str(out))
-            cells: list[list[str]] = [[], []]
+            cells: list[list[str]] = [[], [], []]
             for prompt in PROMPTS:
                 ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
                 ours = [int(token) for token in greedy(loaded, ids, options.tokens)]
@@ -80,9 +89,11 @@ def main() -> None:
                     same(ours, [int(token) for token in greedy(oracle, ids, options.tokens)]),
                 )
                 failed |= counts[0] < options.tokens
-                for cell, count in zip(cells, counts, strict=True):
+                for cell, count in zip(cells, counts, strict=False):
                     cell.append(str(count))
-        lines.append(f"| {name} | {', '.join(cells[0])} | {', '.join(cells[1])} |")
+                if counts[1] < options.tokens:
+                    cells[2].append(f"{lead(oracle, ids, ours, counts[1]):.4f}")
+        lines.append(f"| {name} | {' | '.join(map(', '.join, cells))} |")
         print(lines[-1], flush=True)
     print("\n".join(lines))
     if options.out:

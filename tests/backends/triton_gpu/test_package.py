@@ -93,12 +93,13 @@ def test_files_are_for_the_cpu_wherever_the_model_is(saved, tmp_path):
     assert torch.equal(TritonExecutable.load(tmp_path)(*inputs)[0], compiled.executable(*inputs)[0])
 
 
-def test_the_fused_graph_compiles_without_a_break(saved):
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.thorough)])
+def test_the_fused_graph_compiles_without_a_break(saved, compiler):
     compiled, _ = saved
     gm = compiled.executable.gm
     inputs = compiled.graph.meta["example"]
     with torch.no_grad():
-        made = torch.compile(gm, fullgraph=True, backend="aot_eager")(*inputs)
+        made = torch.compile(gm, fullgraph=True, backend=compiler)(*inputs)
         for ours, oracle in zip(made, gm(*inputs), strict=True):
             torch.testing.assert_close(ours, oracle)
 

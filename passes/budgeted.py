@@ -144,7 +144,7 @@ class Budgeted(Pass):
         trial = Trial(gm, known, held, ROUNDINGS[self.rounding], cuts)
         if len(tried) > 1:
             made_by = {rate: problem.solve() for rate, problem in tried.items()}
-            divergences = trial.divergences([made.forms() for made in made_by.values()])
+            divergences = self.measured(gm, trial, linked, list(made_by.values()))
             least = min(range(len(tried)), key=lambda index: divergences[index])
             problem = list(tried.values())[least]
             findings.tell_rates(ctx, made_by, divergences, least, UNITS[self.loss])
@@ -153,6 +153,10 @@ class Budgeted(Pass):
         findings.tell(ctx, taken.allocation, UNITS[self.loss], self.name())
         findings.tell_measures(ctx, looks, correction.interactions(taken, trial), UNITS[self.loss], self.name())
         return taken.allocation
+
+    def measured(self, gm: GraphModule, trial: Trial, linked: Sequence[Linked], tried: Sequence[Allocation]) -> list[float]:
+        """What choices are measured at, nats a token."""
+        return trial.divergences([made.forms() for made in tried])
 
     def sites(self, gm: GraphModule) -> list[list[Layer]]:
         """The annotated linears that share a choice, in graph order."""

@@ -1,7 +1,8 @@
 """`fit_budget`: decide in one search how many units of channels stay and what widths the rest gets, under one budget."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -10,16 +11,20 @@ from torch.fx import GraphModule
 from ir.errors import DataError, OptionError
 from ir.sites import Layer, check_patterns, layers
 from passes import keeping
+from passes.allocation import Allocation
 from passes.base import Context, Effect
 from passes.budgeted import Budgeted
 from passes.dropping import drop, tell_left
-from passes.forms import Cuts, Site
+from passes.forms import Cuts, Forms, Site
 from passes.kinds import KINDS, Units
 from passes.linked import Linked, cuts_of, link
+from passes.pipeline import Pipeline
 from passes.prunable import found_units
+from passes.rehearsal import rehearse
+from passes.trial import Trial
 from passes.unit_scores import CRITERIA
 
-RATES = (1.0, 2.0, 4.0, 16.0)  # that are tried
+RATES = (1.0, 2.0, 4.0, 16.0, 256.0)  # that are tried: the last drops only what the budget does not allow at any width
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,11 @@ class FitBudget(Budgeted):
     (as of `prune`) and then rounded; for those that lose rows the sum over rows that stay. A criterion of `prune` says in which order units
     go. Linears that units run through are one site of the knapsack; of their options those are kept that no other beats in cost and size.
 
-    Dropping much is no small change, and its loss is predicted too low. So its part of the cost is multiplied by rates, 1, 2, 4 and
-    16; each is solved for, all are measured on tokens held out (the KL of the model from itself), and the one that measures least is
-    taken. Then what was chosen is dropped as by `prune`: refitted block after block, and cut.
+    Dropping much is no small change, and its loss is predicted too low. So its part of the cost is multiplied by rates, 1, 2, 4, 16 and
+    256; each is solved for, all are measured on tokens held out (the KL of the model from itself), and the one that measures least is
+    taken. They are measured as rounded by `rounding`; or, if `finish` names the passes that are to follow, each once in a rehearsal: on a
+    copy, after these passes. For learned rounding wins back more of what rounding costs than of what dropping does. Then what was chosen
+    is dropped as by `prune`: refitted block after block, and cut.
 
     Limits: 1. those of `assign_bits` and `prune`; 2. which units stay is decided before widths are; 3. units stay whose linears are not all
     annotated, or would link so many sites that they could shrink in more than 64 ways; the report says which.
@@ -51,6 +58,7 @@ class FitBudget(Budgeted):
         memory: budget in place of `bits`: bits over 16, the share that is left of the size in FP16.
         bytes, latency, latencies, widths, groups, fused, loss, rounding, tokens, file, corrections, seed: as of `assign_bits`.
         measure: tokens held out to measure rates on, as of `assign_bits`; 0 measures nothing and takes the predictions as they are.
+        finish: pipeline text of what is to follow, `"learn_rounding(steps=25)"`, for rehearsals; "" for none.
         shares: of units to choose among that stay; of heads to the nearest whole one, and always at least one unit. One share alone is
             kept of all.
         what, multiple, criterion, ignore, damping: as of `prune`.
@@ -62,6 +70,7 @@ class FitBudget(Budgeted):
     """
 
     measure: int = 4096
+    finish: str = ""
     shares: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     what: tuple[str, ...] = KINDS
     multiple: int = 32
@@ -81,6 +90,9 @@ class FitBudget(Budgeted):
         if not self.shares or not all(0 < share <= 1 for share in self.shares):
             problem = f"shares that stay lie above 0 and up to 1, not {list(self.shares)}"
             raise OptionError(problem, where="fit_budget(shares=...)", remedy="give shares=(1.0, 0.5)")
+        if self.finish and not self.measure:
+            raise OptionError("rehearsals are measured", where="fit_budget(finish=...)", remedy="give measure=4096, a number of tokens")
+        Pipeline.parse(self.finish)
         if self.multiple < 1 or self.damping < 0:
             raise OptionError("multiple is at least 1, damping at least 0", where=str(self))
 
@@ -106,15 +118,34 @@ class FitBudget(Budgeted):
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Decide, drop, refit and annotate; returns the number of linears whose encoding or size changes."""
         linked = self.linked(gm, ctx, self.sites(gm), scored=True)
-        made = self.decide(gm, ctx, linked)
-        forms = made.forms()
+        return self._change(gm, ctx, linked, self.decide(gm, ctx, linked).taken)
+
+    def _change(self, gm: GraphModule, ctx: Context, linked: Sequence[Linked], taken: Sequence[Forms]) -> int:
+        """Drop, refit and annotate as was decided."""
+        forms = {layer: form for own, made in zip(linked, taken, strict=True) for layer, form in zip(own.layers, made, strict=True)}
         changed = sum(layer.mark != form.mark or form.shape is not None for layer, form in forms.items())
-        picked = [pair for own, taken in zip(linked, made.taken, strict=True) for pair in own.picked(own.way_of(taken))]
+        picked = [pair for own, made in zip(linked, taken, strict=True) for pair in own.picked(own.way_of(made))]
         if picked:
             drop(gm, ctx, picked, compensate=True, damping=self.damping, bias=False)
         for layer, form in forms.items():
             layer.annotate(form.mark)
         return changed
+
+    def measured(self, gm: GraphModule, trial: Trial, linked: Sequence[Linked], tried: Sequence[Allocation]) -> list[float]:
+        """By rehearsals, if it is known what follows; each choice once."""
+        if not self.finish:
+            return super().measured(gm, trial, linked, tried)
+        finish, found = Pipeline.parse(self.finish), dict[tuple[Forms, ...], float]()
+
+        def change(copy: GraphModule, ctx: Context, taken: tuple[Forms, ...]) -> None:
+            own = self.linked(copy, ctx, self.sites(copy), scored=False)
+            scored = [replace(twin, scores=one.scores) for twin, one in zip(own, linked, strict=True)]
+            self._change(copy, ctx, scored, taken)
+
+        for taken in (tuple(one.taken) for one in tried):
+            if taken not in found:
+                found[taken] = rehearse(gm, trial.ctx, trial.held, partial(change, taken=taken), finish)
+        return [found[tuple(one.taken)] for one in tried]
 
     def linked(self, gm: GraphModule, ctx: Context, sites: Sequence[Site], *, scored: bool) -> list[Linked]:
         """Sites that units run through, each with the counts that shares allow."""

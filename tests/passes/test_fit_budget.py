@@ -65,7 +65,7 @@ def test_the_choice_that_measures_least_is_taken():
     gm, ctx = fitted(FIT.format(0.1, 60))
     rates = ctx.tables["rates"]
     (taken,) = [row for row in rates if row["taken"]]
-    assert len(rates) == 4 and taken["measured, nats a token"] == min(row["measured, nats a token"] for row in rates)
+    assert len(rates) == 5 and taken["measured, nats a token"] == min(row["measured, nats a token"] for row in rates)
     assert used(gm) / WEIGHTS == pytest.approx(taken["bits"])
     assert ctx.tables["choices"][0]["measured, nats a token"] == pytest.approx(taken["measured, nats a token"])
     assert [row["weights kept"] for row in rates] == sorted(row["weights kept"] for row in rates)
@@ -125,3 +125,20 @@ def test_it_refuses_what_it_cannot_do():
     for options in wrong:
         with pytest.raises(OptionError):
             FitBudget(**options)
+
+
+def test_choices_are_measured_after_what_follows():
+    finish = "round_weights(method='nearest')"
+    gm, ctx = fitted(f"{FIT.format(0.1, 60)[:-1]}, finish={finish!r})")
+    rates = ctx.tables["rates"]
+    assert len({row["measured, nats a token"] for row in rates}) == len({row["weights kept"] for row in rates}) > 1
+    (taken,) = [row for row in rates if row["taken"]]
+    assert taken["measured, nats a token"] == min(row["measured, nats a token"] for row in rates)
+    assert used(gm) / WEIGHTS == pytest.approx(taken["bits"])
+    alone = fitted(FIT.format(0.1, 60))[1].tables["rates"]  # rounded to nearest too, but not refitted block after block
+    for row, other in zip(rates, alone, strict=True):
+        assert 0.5 < row["measured, nats a token"] / other["measured, nats a token"] < 2
+    with pytest.raises(OptionError, match="rehearsals are measured"):
+        FitBudget(finish=finish, measure=0)
+    with pytest.raises(OptionError, match="no pass"):
+        FitBudget(finish="nothing_of_the_kind")

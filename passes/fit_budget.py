@@ -20,7 +20,7 @@ from passes.kinds import KINDS, Units
 from passes.linked import Linked, cuts_of, link
 from passes.pipeline import Pipeline
 from passes.prunable import found_units
-from passes.rehearsal import rehearse
+from passes.tryout import try_out
 from passes.trial import Trial
 from passes.unit_scores import CRITERIA
 
@@ -46,8 +46,8 @@ class FitBudget(Budgeted):
 
     Dropping much is no small change, and its loss is predicted too low. So its part of the cost is multiplied by rates, 1, 2, 4, 16 and
     256; each is solved for, all are measured on tokens held out (the KL of the model from itself), and the one that measures least is
-    taken. They are measured as rounded by `rounding`; or, if `finish` names the passes that are to follow, each once in a rehearsal: on a
-    copy, after these passes. For learned rounding wins back more of what rounding costs than of what dropping does. Then what was chosen
+    taken. They are measured as rounded by `rounding`; or, if `finish` names the passes that are to follow, each tried out on a copy,
+    after these passes. For learned rounding wins back more of what rounding costs than of what dropping does. Then what was chosen
     is dropped as by `prune`: refitted block after block, and cut.
 
     Limits: 1. those of `assign_bits` and `prune`; 2. which units stay is decided before widths are; 3. units stay whose linears are not all
@@ -58,7 +58,7 @@ class FitBudget(Budgeted):
         memory: budget in place of `bits`: bits over 16, the share that is left of the size in FP16.
         bytes, latency, latencies, widths, groups, fused, loss, rounding, tokens, file, corrections, seed: as of `assign_bits`.
         measure: tokens held out to measure rates on, as of `assign_bits`; 0 measures nothing and takes the predictions as they are.
-        finish: pipeline text of what is to follow, `"learn_rounding(steps=25)"`, for rehearsals; "" for none.
+        finish: pipeline text of what is to follow, `"learn_rounding(steps=25)"`, for trying choices out; "" for none.
         shares: of units to choose among that stay; of heads to the nearest whole one, and always at least one unit. One share alone is
             kept of all.
         what, multiple, criterion, ignore, damping: as of `prune`.
@@ -91,7 +91,9 @@ class FitBudget(Budgeted):
             problem = f"shares that stay lie above 0 and up to 1, not {list(self.shares)}"
             raise OptionError(problem, where="fit_budget(shares=...)", remedy="give shares=(1.0, 0.5)")
         if self.finish and not self.measure:
-            raise OptionError("rehearsals are measured", where="fit_budget(finish=...)", remedy="give measure=4096, a number of tokens")
+            raise OptionError(
+                "what is tried out is measured", where="fit_budget(finish=...)", remedy="give measure=4096, a number of tokens"
+            )
         Pipeline.parse(self.finish)
         if self.multiple < 1 or self.damping < 0:
             raise OptionError("multiple is at least 1, damping at least 0", where=str(self))
@@ -132,7 +134,7 @@ class FitBudget(Budgeted):
         return changed
 
     def measured(self, gm: GraphModule, trial: Trial, linked: Sequence[Linked], tried: Sequence[Allocation]) -> list[float]:
-        """By rehearsals, if it is known what follows; each choice once."""
+        """After what follows, if that is known; each choice once."""
         if not self.finish:
             return super().measured(gm, trial, linked, tried)
         finish, found = Pipeline.parse(self.finish), dict[tuple[Forms, ...], float]()
@@ -144,7 +146,7 @@ class FitBudget(Budgeted):
 
         for taken in (tuple(one.taken) for one in tried):
             if taken not in found:
-                found[taken] = rehearse(gm, trial.ctx, trial.held, partial(change, taken=taken), finish)
+                found[taken] = try_out(gm, trial.ctx, trial.held, partial(change, taken=taken), finish)
         return [found[tuple(one.taken)] for one in tried]
 
     def linked(self, gm: GraphModule, ctx: Context, sites: Sequence[Site], *, scored: bool) -> list[Linked]:

@@ -27,7 +27,7 @@ from passes.transforms import MLP, OFFLINE_ONLY, OPENED, transformed
 
 GROUPS = (64, -1)  # that `mixed` chooses among
 PROPAGATION = 0.25  # of the prefix's error: all of it follows the calibration data too closely
-REHEARSED = 25  # steps of learned rounding in a rehearsal of a choice
+TRIED = 25  # steps of learned rounding after which choices are compared
 
 
 def weight_only(
@@ -162,7 +162,7 @@ def mixed(
         chosen: Pass = LearnMasks(f"W{high}A16", bits=bits)
     elif solver == "knapsack":
         marks = Annotate("W8A8" if rounds else "W4A16", group=64, symmetric=False, ignore=names, head=head)
-        finish = str(LearnRounding(steps=min(steps, REHEARSED))) if rounding == "learned" and not rounds else ""
+        finish = str(LearnRounding(steps=min(steps, TRIED))) if rounding == "learned" and not rounds else ""
         joint = partial(FitBudget, measure=measure or FitBudget.measure, finish=finish)
         search = joint if prune else partial(AssignBits, measure=measure)
         chosen = search(

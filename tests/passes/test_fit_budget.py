@@ -138,7 +138,7 @@ def test_choices_are_measured_after_what_follows():
     alone = fitted(FIT.format(0.1, 60))[1].tables["rates"]  # rounded to nearest too, but not refitted block after block
     for row, other in zip(rates, alone, strict=True):
         assert 0.5 < row["measured, nats a token"] / other["measured, nats a token"] < 2
-    with pytest.raises(OptionError, match="rehearsals are measured"):
+    with pytest.raises(OptionError, match="is measured"):
         FitBudget(finish=finish, measure=0)
     with pytest.raises(OptionError, match="no pass"):
         FitBudget(finish="nothing_of_the_kind")

@@ -8,7 +8,7 @@ from passes.base import Context
 from passes.calibration import tokens_in
 from passes.divergence import divergence, teacher
 from passes.pipeline import Pipeline
-from passes.rehearsal import rehearse
+from passes.tryout import try_out
 from tests.families import load
 from tests.passes.samples import CALIBRATION, run
 
@@ -25,10 +25,10 @@ def test_the_graph_and_the_context_stay_as_they_were():
         return Annotate("W4A16", group=32).run(copy, own)
 
     held = list(ctx.calibration)
-    four = rehearse(gm, ctx, held, change, finish)
-    assert four == rehearse(gm, ctx, held, change, finish) > 0
-    assert rehearse(gm, ctx, held, lambda copy, own: None, Pipeline()) == pytest.approx(0, abs=1e-9)
-    assert rehearse(gm, ctx, held, lambda copy, own: Annotate("W8A16", group=32).run(copy, own), finish) < four
+    four = try_out(gm, ctx, held, change, finish)
+    assert four == try_out(gm, ctx, held, change, finish) > 0
+    assert try_out(gm, ctx, held, lambda copy, own: None, Pipeline()) == pytest.approx(0, abs=1e-9)
+    assert try_out(gm, ctx, held, lambda copy, own: Annotate("W8A16", group=32).run(copy, own), finish) < four
     assert all(torch.equal(edit.attribute(gm, layer.weight), before[layer.path]) for layer in layers(gm))
     assert all(layer.site("weight").encoding is None for layer in layers(gm)) and "only here" not in ctx.notes
     Annotate("W4A16", group=32).run(gm, ctx)

@@ -1,4 +1,4 @@
-"""A rehearsal: how far the model is from itself after a choice and the passes that follow it, measured on a copy."""
+"""Try a choice out: how far the model is from itself after it and the passes that follow, measured on a copy."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ from passes.divergence import of_outputs, own_outputs, teacher
 from passes.pipeline import Pipeline
 
 
-def rehearse(
+def try_out(
     gm: GraphModule, ctx: Context, held: Sequence[Sequence[Tensor]], change: Callable[[GraphModule, Context], object], finish: Pipeline
 ) -> float:
     """`KL(model ‖ changed model)` after the passes of `finish`, nats a token; of outputs that are no logits the relative squared error.

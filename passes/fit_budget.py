@@ -20,8 +20,8 @@ from passes.kinds import KINDS, Units
 from passes.linked import Linked, cuts_of, link
 from passes.pipeline import Pipeline
 from passes.prunable import found_units
-from passes.tryout import try_out
 from passes.trial import Trial
+from passes.tryout import try_out
 from passes.unit_scores import CRITERIA
 
 RATES = (1.0, 2.0, 4.0, 16.0, 256.0)  # that are tried: the last drops only what the budget does not allow at any width

@@ -71,7 +71,7 @@ class Sweep:
         for start in range(0, rows, step):
             yield take_rows(batch, slice(start, start + step)) if step < rows else list(batch)
 
-    def run(self, rows: Sequence[Tensor], slope: Slope, take: Take) -> None:
+    def run(self, rows: Sequence[Tensor], slope: Slope, take: Take | None = None) -> None:
         """Through and back.
 
         Args:
@@ -94,7 +94,7 @@ class Sweep:
             if not earlier:
                 return
 
-    def _through(self, part: tuple[int, int], given: Values, leaving: Sequence[Node], take: Take) -> Values:
+    def _through(self, part: tuple[int, int], given: Values, leaving: Sequence[Node], take: Take | None) -> Values:
         """What leaves a part, own outputs among it, from a run whose watched values have hooks."""
         own = [node for span in self.cut[slice(*part)] for node in span]
         keep = [*leaving, *(node for node in self.outputs if node in own and node not in leaving)]
@@ -105,7 +105,7 @@ class Sweep:
         def watch(node: Node, value: Any) -> None:
             if node in sources:
                 held[node] = value.detach()
-            if node in self.watched:
+            if take is not None and node in self.watched:
                 if not value.requires_grad:
                     value.requires_grad_()
                 waiting[node] = held[self.watched[node]]

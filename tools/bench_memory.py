@@ -9,6 +9,7 @@ compile has made and still holds, those of the caller's model not among them: wh
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import multiprocessing
@@ -141,6 +142,8 @@ def _model(job: Job) -> tuple[torch.nn.Module, list[Tensor]]:
 def _measured(job: Job) -> dict[str, Any]:
     model, calibration = _model(job)
     gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # what loading has freed is not the model's
     live = Live() if job.way == "live" else None
     stages = Stages(live=live)
     stages.mark()

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from ir import edit, evaluate
 from ir.blocks import blocks
-from passes.calibration import take_rows
+from passes.calibration import take_rows, tokens_in
 from passes.divergence import own_outputs
 
 ROOM = 2**25  # bytes of activations that may be held at a time of any model
@@ -132,8 +132,8 @@ class Sweep:
 
     def _bytes(self, nodes: Sequence[Node], rows: Sequence[Tensor]) -> int:
         """At most what activations of rows take."""
-        tokens, length = rows[0].shape[:2].numel(), rows[0].shape[1] if rows[0].ndim > 1 else 1
-        return sum(_bytes(node, tokens, length) for node in nodes)
+        tokens = tokens_in(rows)
+        return sum(_bytes(node, tokens, tokens // len(rows[0])) for node in nodes)
 
 
 def _bytes(node: Node, tokens: int, length: int) -> int:

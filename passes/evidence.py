@@ -35,9 +35,7 @@ def gather(gm: GraphModule, ctx: Context, linears: dict[Node, Layer], rounding: 
     return _of_prefix(gm, ctx, linears, rounding, propagation, factors, weights)
 
 
-def _of_gradients(
-    gm: GraphModule, ctx: Context, linears: dict[Node, Layer], factors: Factors | None
-) -> Iterator[Known]:
+def _of_gradients(gm: GraphModule, ctx: Context, linears: dict[Node, Layer], factors: Factors | None) -> Iterator[Known]:
     for node, layer in ctx.track(linears.items(), "round weights"):
         outer, inner = factors.take(node) if factors else (None, None)
         yield layer, Evidence(outer=outer, inner=inner), _weight(gm, layer)

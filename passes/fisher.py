@@ -127,6 +127,10 @@ def _run(gm: GraphModule, ctx: Context, nodes: Collection[Node], take: Callable[
     origin = {twin[node]: node for node in nodes}
     sweep = Sweep(exact, {node: node.args[0] for node in origin})
     slope = partial(sampled_slope, sweep.outputs, torch.Generator().manual_seed(ctx.seed))
+
+    def give(index: int, node: Node, x: Tensor, g: Tensor) -> None:
+        take(index, origin[node], x, g)
+
     for index, batch in enumerate(ctx.track(ctx.calibration, "gradients")):
         for piece in sweep.pieces(batch):
-            sweep.run(piece, slope, lambda node, x, g: take(index, origin[node], x, g))
+            sweep.run(piece, slope, partial(give, index))

@@ -30,9 +30,9 @@ def room_of(gm: GraphModule, least: int, share: int) -> int:
 class Sweep:
     """Gradients of a graph's own outputs, taken where they are watched.
 
-    `pieces` are as many rows of a batch as have `room` bytes of activations. Of more, `run` cuts the graph at the residual stream into parts:
-    it goes through without gradients first, keeping what enters each part, and then through each part once more and back, the last one
-    first. So one block's activations of one row fit always, for at most one more run of the graph.
+    `pieces` are as many rows of a batch as have `room` bytes of activations. Of more, `run` cuts the graph at the residual stream into
+    parts: it goes through without gradients first, keeping what enters each part, and then through each part once more and back, the last
+    one first. So one block's activations of one row fit always, for at most one more run of the graph.
 
     Args:
         gm: the graph.

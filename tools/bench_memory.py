@@ -1,24 +1,24 @@
-"""Memory of a compile, pass by pass, beside what importing everything and loading the model take.
+"""Memory of a compile, pass by pass, beyond what importing everything and loading the model take.
 
     python -m tools.bench_memory ../shared/bench --out tools/results/memory.md
 
-Every figure is of a fresh process, in MB of 10⁶ bytes. *Resident* is the greatest resident size within a stage, by the kernel's own mark, which is set back when
-a stage begins, less what was resident before the compile. *Returned* is the same where the C library gives freed tensors of 64 KiB or more back
-to the system at once (`MALLOC_MMAP_THRESHOLD_`): what it has less is memory that is kept and not used. *Live* counts the bytes of tensors that the
-compile has made and still holds, those of the caller's model not among them: what the program asks for, without the workspace of single operators.
+Each compile runs three times, in a process of its own. *Resident*: the greatest resident size within a stage by the kernel's own mark,
+which is set back when a stage begins, less what was resident before the compile. *Returned*: the same where the C library gives freed blocks of
+64 KiB and more back to the system at once; what is less there is kept and not used. *Live*: the bytes of tensors that the compile has made
+and still holds, without what single operators need on the way.
 """
 
 import argparse
 import ctypes
 import gc
-import json
 import multiprocessing
 import os
 import re
 import resource
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,8 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import passes
-from ir.blocks import blocks
-from ir.sites import layers
+from ir.encoding import Encoding
+from ir.numerics import QParams
+from ir.rounding import METHODS, YAQA, Evidence, Nearest
 from passes.progress import Progress
 from tools import bench_model
 from tools.bench_model import report
@@ -39,10 +40,28 @@ from tools.bench_model import report
 T = TypeVar("T")
 MB = 1e6
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
-WAYS = {"resident": {}, "returned": RETURNED, "live": {}}  # how a process counts, and its environment
-PRESETS = ("mixed(bits=2.28, steps={steps})", "mixed(bits=3.0, steps={steps})", "w4a16", "w4a4")
-WIDE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 8}
-WIDE_WINDOWS = 16
+WAYS: dict[str, dict[str, str]] = {"resident": {}, "returned": RETURNED, "live": {}}  # how a process counts, and its environment
+OPENED = "canonicalize, untie, fold_norm, center_norm, rotate_channels(where=['R1', 'R2'])"
+MARKS = "annotate(scheme='W4A16', group=64, symmetric=False), assign_bits(bits=2.28, groups=(64,), rounding='nearest')"
+# Tables, and their pipelines by model. Of the wide model few rows, and few of its weights, are rounded as they would be: that takes hours.
+BENCH = ("mixed(bits=2.28, steps={steps})", "w4a16", "w4a4")
+WIDE = (f"{OPENED}, sample_text, {MARKS}, learn_rounding(steps={{steps}})",)
+SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 8}
+ROWS, LENGTH = 8, 128  # of its calibration data
+
+
+@dataclass(frozen=True)
+class FirstOfShape(YAQA):
+    """YAQA for the first weight of each shape, nearest rounding for the others: the same memory in less time."""
+
+    seen: set[torch.Size] = field(default_factory=set)
+
+    def solve(self, W: Tensor, encoding: Encoding, evidence: Evidence) -> tuple[Tensor, QParams]:
+        """See `Rounding`."""
+        if W.shape in self.seen:
+            return Nearest().solve(W, encoding, evidence)
+        self.seen.add(W.shape)
+        return super().solve(W, encoding, evidence)
 
 
 class Live(TorchDispatchMode):
@@ -125,18 +144,23 @@ class Job:
 
     def run(self) -> dict[str, Any]:
         """What a process of its own found."""
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(_measured, (self,))
+        os.environ.update(WAYS[self.way])
+        try:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                return pool.apply(_measured, (self,))
+        finally:
+            for name in WAYS[self.way]:
+                del os.environ[name]
 
 
 def _model(job: Job) -> tuple[torch.nn.Module, list[Tensor]]:
     bench = bench_model.load(job.bench)
     if not job.wide:
         return bench.model, bench.calibration
+    METHODS["yaqa"] = FirstOfShape
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=4096, tie_word_embeddings=True, **WIDE)
-    windows = torch.cat(bench.calibration)[:WIDE_WINDOWS]
-    return transformers.LlamaForCausalLM(config).eval(), list(windows.split(8))
+    config = transformers.LlamaConfig(vocab_size=4096, tie_word_embeddings=True, **SIZES)
+    return transformers.LlamaForCausalLM(config).eval(), list(torch.cat(bench.calibration)[:ROWS, :LENGTH].split(4))
 
 
 def _measured(job: Job) -> dict[str, Any]:
@@ -149,36 +173,70 @@ def _measured(job: Job) -> dict[str, Any]:
     stages.mark()
     stages.peaks.clear()
     before = 0 if live else _resident("VmRSS")
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_utime
-    if live:
-        with live:
-            made = passes.compile(model, job.pipeline, calibration, progress=stages)
-    else:
+    started = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    with live or nullcontext():
         made = passes.compile(model, job.pipeline, calibration, progress=stages)
     stages.mark()
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_utime - used
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    found = {"before": before, "model": size, "block": _block_bytes(passes.compile(model, "canonicalize").graph), "seconds": used}
-    return found | {"bits": made.effective_bits, "peaks": {name: peak - before for name, peak in stages.peaks.items()}}
+    return {
+        "before": before,
+        "model": sum(tensor.nbytes for tensor in model.parameters()),
+        "block": _block_bytes(model),
+        "seconds": resource.getrusage(resource.RUSAGE_SELF).ru_utime - started,
+        "bits": made.effective_bits,
+        "peaks": {name: peak - before for name, peak in stages.peaks.items()},
+    }
 
 
-def _block_bytes(gm: torch.fx.GraphModule) -> int:
-    """Bytes of the weights of the greatest layer: an attention and an MLP, each a block of the graph."""
-    _, cut = blocks(gm)
-    sizes = {layer.node: layer.weight.meta["val"].numel() * layer.weight.meta["val"].element_size() for layer in layers(gm)}
-    own = [sum(sizes.get(node, 0) for node in block.nodes if sizes) for block in cut[1:-1]]
-    return max(a + b for a, b in zip(own, own[1:], strict=False))
+def _block_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the linears of the greatest decoder layer, by what their paths have in common up to its number."""
+    sizes: dict[str, int] = {}
+    for name, module in model.named_modules():
+        number = re.match(r".*?\.\d+\.", name)
+        if number and isinstance(module, torch.nn.Linear):
+            sizes[number[0]] = sizes.get(number[0], 0) + sum(tensor.nbytes for tensor in module.parameters())
+    return max(sizes.values())
+
+
+def table(bench: Path, wide: bool, pipeline: str) -> list[str]:
+    """Peaks of all stages, counted each way, in MB and, for the greatest, in terms of the model and one block."""
+    found = {way: Job(bench, wide, pipeline, way).run() for way in WAYS}
+    one = found["resident"]
+    model, block = one["model"], one["block"]
+    limit = 1.5 * model + block
+    lines = [
+        f"`{pipeline}`: the model has {model / MB:.0f} MB, one layer of it {block / MB:.1f}; 1.5 × the model and one layer are "
+        f"{limit / MB:.0f}. Imports and the model take {one['before'] / MB:.0f} MB; {one['seconds']:.0f} seconds of the processor.\n",
+        "| stage | " + " | ".join(f"{way}, MB" for way in WAYS) + " |",
+        "|---|" + "---|" * len(WAYS),
+    ]
+    lines += [
+        f"| {stage} | " + " | ".join(f"{own['peaks'].get(stage, 0) / MB:.0f}" for own in found.values()) + " |" for stage in one["peaks"]
+    ]
+    greatest = {way: max(own["peaks"].values()) for way, own in found.items()}
+    lines.append("| **the greatest** | " + " | ".join(f"**{peak / MB:.0f}**" for peak in greatest.values()) + " |")
+    lines.append("| over the model | " + " | ".join(f"{peak / model:.2f} ×" for peak in greatest.values()) + " |")
+    lines.append("| over 1.5 × the model and one layer | " + " | ".join(f"{peak / limit:.2f} ×" for peak in greatest.values()) + " |")
+    print("\n".join(lines), flush=True)
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", type=Path)
-    parser.add_argument("--one", nargs=3)
+    parser.add_argument("--steps", type=int, default=4, help="of learned rounding: more take no more memory")
+    parser.add_argument("--sections", nargs="*", choices=("bench", "wide"), default=["bench", "wide"])
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    wide, pipeline, way = options.one
-    os.environ.update(WAYS[way])
-    found = Job(options.bench, wide == "wide", pipeline, way).run()
-    print(json.dumps(found, indent=1))
+
+    def tables(wide: bool) -> list[str]:
+        made = [table(options.bench, wide, text.format(steps=options.steps)) for text in (WIDE if wide else BENCH)]
+        return [line for lines in made for line in [*lines, ""]]
+
+    sections: dict[str, tuple[str, Callable[[], list[str]]]] = {
+        "bench": ("The bench model", lambda: tables(False)),
+        "wide": ("A wide model of random weights", lambda: tables(True)),
+    }
+    report(f"# Memory\n\n`python -m tools.bench_memory {options.bench}`.\n", sections, options.sections, options.out)
 
 
 if __name__ == "__main__":

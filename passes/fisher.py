@@ -112,7 +112,7 @@ def _groups(nodes: Collection[Node], room: int) -> list[list[Node]]:
     groups: list[list[Node]] = []
     left = 0
     for node in nodes:
-        size = 4 * sum(edit.value(side).shape[-1] ** 2 for side in (node, node.args[0]))
+        size = 4 * sum(edit.value(side).shape[-1] ** 2 for side in (node, node.all_input_nodes[0]))
         if not groups or size > left:
             groups.append([])
             left = room
@@ -125,7 +125,7 @@ def _run(gm: GraphModule, ctx: Context, nodes: Collection[Node], take: Callable[
     """Call `take` with the number of the batch, every linear of `nodes`, its input and the gradient of its output, piece by piece."""
     exact, twin = exact_copy(gm)
     origin = {twin[node]: node for node in nodes}
-    sweep = Sweep(exact, {node: node.args[0] for node in origin})
+    sweep = Sweep(exact, {node: node.all_input_nodes[0] for node in origin})
     slope = partial(sampled_slope, sweep.outputs, torch.Generator().manual_seed(ctx.seed))
 
     def give(index: int, node: Node, x: Tensor, g: Tensor) -> None:

@@ -10,11 +10,13 @@ from torch.fx import GraphModule, Node
 
 from ir import evaluate
 from ir.errors import DataError, OptionError
+from ir.memory import give_back
 from ir.sampling import draw
 from ir.signature import Signature
 from passes.base import Context, Effect, Pass
 
 TOGETHER = 16384  # tokens that are written at a time: their caches lie in memory together
+GROWTH = 16  # tokens by which caches grow before what they left is given back
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,10 @@ class SampleText(Pass):
         nodes: tuple[Node, ...] = gm.graph.output_node().args[0]  # type: ignore[assignment]
         calls = evaluate.calls_for(gm, nodes)
         past = None
-        for _ in range(length - 1):
+        for step in range(length - 1):
             next(steps)
+            if step % GROWTH == 0:
+                give_back()  # no hole that a cache leaves is large enough for the next
             given = evaluate.bind(gm, signature.bind(input_ids=ids[:, -1:], attention_mask=torch.ones_like(ids), past_key_values=past))
             past = None  # a layer's cache goes as soon as the longer one is there
             found = evaluate.evaluate(gm, calls, given, nodes, spend=True)

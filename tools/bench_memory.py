@@ -3,19 +3,16 @@
     python -m tools.bench_memory ../shared/bench --out tools/results/memory.md
 
 Each compile runs three times, in a process of its own. *Resident*: the greatest resident size within a stage by the kernel's own mark,
-which is set back when a stage begins, less what was resident before the compile. *Returned*: the same where the C library gives freed blocks of
-64 KiB and more back to the system at once; what is less there is kept and not used. *Live*: the bytes of tensors that the compile has made
-and still holds, without what single operators need on the way.
+which is set back when a stage begins, less what was resident before the compile. *Returned*: the same where the C library gives freed
+blocks of 64 KiB and more back to the system at once; what is less there is kept, not used. *Live*: bytes of tensors that the compile has
+made and still holds, without what single operators need on the way.
 """
 
 import argparse
-import ctypes
-import gc
 import multiprocessing
 import os
 import re
 import resource
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -31,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 import passes
 from ir.encoding import Encoding
+from ir.memory import give_back
 from ir.numerics import QParams
 from ir.rounding import METHODS, YAQA, Evidence, Nearest
 from passes.progress import Progress
@@ -42,23 +40,23 @@ MB = 1e6
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
 WAYS: dict[str, dict[str, str]] = {"resident": {}, "returned": RETURNED, "live": {}}  # how a process counts, and its environment
 OPENED = "canonicalize, untie, fold_norm, center_norm, rotate_channels(where=['R1', 'R2'])"
-MARKS = "annotate(scheme='W4A16', group=64, symmetric=False), assign_bits(bits=2.28, groups=(64,), rounding='nearest')"
-# Tables, and their pipelines by model. Of the wide model few rows, and few of its weights, are rounded as they would be: that takes hours.
+# Of the wide model few rows are looked at, and one weight is rounded as it would be: all of them take hours.
 BENCH = ("mixed(bits=2.28, steps={steps})", "w4a16", "w4a4")
-WIDE = (f"{OPENED}, sample_text, {MARKS}, learn_rounding(steps={{steps}})",)
+WIDE = (f"{OPENED}, annotate(scheme='W2A16', group=64, symmetric=False), learn_rounding(steps={{steps}})",)
 SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 8}
-ROWS, LENGTH = 8, 128  # of its calibration data
+ROWS, LENGTH = 4, 64  # of its calibration data
 
 
 @dataclass(frozen=True)
-class FirstOfShape(YAQA):
-    """YAQA for the first weight of each shape, nearest rounding for the others: the same memory in less time."""
+class OneOfMany(YAQA):
+    """YAQA with one sweep for the first down projection, nearest rounding for the others: the same memory in less time."""
 
+    sweeps: int = 1
     seen: set[torch.Size] = field(default_factory=set)
 
     def solve(self, W: Tensor, encoding: Encoding, evidence: Evidence) -> tuple[Tensor, QParams]:
         """See `Rounding`."""
-        if W.shape in self.seen:
+        if W.shape[0] >= W.shape[1] or self.seen:
             return Nearest().solve(W, encoding, evidence)
         self.seen.add(W.shape)
         return super().solve(W, encoding, evidence)
@@ -157,17 +155,15 @@ def _model(job: Job) -> tuple[torch.nn.Module, list[Tensor]]:
     bench = bench_model.load(job.bench)
     if not job.wide:
         return bench.model, bench.calibration
-    METHODS["yaqa"] = FirstOfShape
+    METHODS["yaqa"] = OneOfMany
     torch.manual_seed(0)
     config = transformers.LlamaConfig(vocab_size=4096, tie_word_embeddings=True, **SIZES)
-    return transformers.LlamaForCausalLM(config).eval(), list(torch.cat(bench.calibration)[:ROWS, :LENGTH].split(4))
+    return transformers.LlamaForCausalLM(config).eval(), list(torch.cat(bench.calibration)[:ROWS, :LENGTH].split(2))
 
 
 def _measured(job: Job) -> dict[str, Any]:
     model, calibration = _model(job)
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # what loading has freed is not the model's
+    give_back()  # what loading has freed is not the model's
     live = Live() if job.way == "live" else None
     stages = Stages(live=live)
     stages.mark()

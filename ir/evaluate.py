@@ -52,6 +52,7 @@ def evaluate(
     *,
     instead: Mapping[Node, Callable[..., Any]] = MappingProxyType({}),
     grad: bool = False,
+    spend: bool = False,
 ) -> Environment:
     """Evaluate `nodes`, in order, from the values `given`, and return the values of `keep`.
 
@@ -62,10 +63,11 @@ def evaluate(
         tap: called with every node of `nodes` and its value.
         instead: functions to call in place of a node's operator, with the same operands.
         grad: record gradients, with respect to what is given or what `tap` marks; stored tensors are constants.
+        spend: drop what is `given` too after its last reader, from the caller's own dict.
     """
     last = {operand: node for node in nodes for operand in node.all_input_nodes}
     kept = set(keep)
-    environment: Environment = dict(given)
+    environment: Environment = given if spend and isinstance(given, dict) else dict(given)
 
     def operand(node: Node) -> Any:
         if node.op == "get_attr" and node not in given:

@@ -11,6 +11,8 @@ from ir import edit, evaluate
 from ir.signature import Signature
 from passes.calibration import without_past
 
+TOGETHER = 2**18  # logits: a megabyte of each of a few tensors
+
 
 def own_outputs(gm: GraphModule) -> dict[Node, str]:
     """The floating-point outputs that the model computes and that are its own, no cache, and their names."""
@@ -56,7 +58,7 @@ def corrected(logits: Tensor, ids: Tensor, mask: Tensor | None, share: float) ->
     there = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, -ids.shape[1] :].bool()
     said = share * (there[:, :-1] & there[:, 1:])[..., None].to(p.dtype)
     p[:, :-1].mul_(1 - said).scatter_add_(-1, ids[:, 1:, None], said)
-    return p.clamp_min(torch.finfo(p.dtype).tiny).log()
+    return p.clamp_min_(torch.finfo(p.dtype).tiny).log_()
 
 
 def of_outputs(found: Mapping[Node, Any], exact: Mapping[Node, Any], outputs: Mapping[Node, str]) -> Tensor:
@@ -65,9 +67,41 @@ def of_outputs(found: Mapping[Node, Any], exact: Mapping[Node, Any], outputs: Ma
 
 
 def divergence(found: Tensor, exact: Tensor) -> Tensor:
-    """KL(exact ‖ found) of logits `[..., tokens, classes]`, per token, in nats."""
-    p, q = exact.float().log_softmax(-1), found.float().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).mean()
+    """KL(exact ‖ found) of logits `[..., tokens, classes]`, per token, in nats; gradients go to `found`.
+
+    A few rows at a time: beside both there is at most the gradient, one tensor of their size, which is found on the way there.
+    """
+    result: Tensor = _Divergence.apply(found, exact, found.requires_grad and torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Divergence(torch.autograd.Function):
+    """The mean over rows of KL(exact ‖ found), whose gradient is `(softmax(found) − softmax(exact)) / rows`."""
+
+    @staticmethod
+    def forward(ctx: Any, found: Tensor, exact: Tensor, sloped: bool) -> Tensor:
+        ctx.shape = found.shape
+        found, exact = (logits.reshape(-1, found.shape[-1]) for logits in (found, exact))
+        slope, total = torch.empty_like(found) if sloped else None, torch.zeros((), device=found.device)
+        for rows in some_of(found):
+            p, q = exact[rows].float().log_softmax(-1), found[rows].float().log_softmax(-1)
+            weights = p.exp()
+            total += (p.sub_(q) * weights).sum()
+            if slope is not None:
+                slope[rows] = q.exp_().sub_(weights).div_(len(found))
+        ctx.save_for_backward(slope)
+        return total / len(found)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (slope,), (outer,) = ctx.saved_tensors, gradients
+        return (slope if outer == 1 else slope * outer).view(ctx.shape), None, None
+
+
+def some_of(rows: Tensor) -> list[slice]:
+    """Which of `rows [rows, classes]` are looked at together, so that what is computed of them stays small."""
+    step = max(TOGETHER // rows.shape[1], 1)
+    return [slice(start, start + step) for start in range(0, len(rows), step)]
 
 
 def distance(found: Tensor, exact: Tensor) -> Tensor:

@@ -1,22 +1,20 @@
 """How much the model's predictions feel a change of a value: gradients of its log likelihood, and their second moments."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ir import edit, evaluate
-from ir.sampling import draw
+from ir import edit
+from ir.sampling import pick
 from passes.base import Context
 from passes.calibration import tokens_in
 from passes.descent import some_rows
-from passes.divergence import own_outputs
+from passes.divergence import some_of
 from passes.prefix import exact_copy
-
-Take = Callable[[Node, Tensor, Tensor], None]
+from passes.sweep import Sweep, Take
 
 
 def output_sensitivity(gm: GraphModule, ctx: Context, nodes: Collection[Node], tokens: int, seed: int = 0) -> dict[Node, Tensor]:
@@ -41,7 +39,7 @@ def output_sensitivity(gm: GraphModule, ctx: Context, nodes: Collection[Node], t
 
 
 def take_gradients(gm: GraphModule, ctx: Context, nodes: Collection[Node], take: Take, tokens: int, seed: int = 0) -> int:
-    """Give `take` each of `nodes`, its value and the gradient there of a sampled log likelihood, batch by batch; returns the tokens seen.
+    """Give `take` each of `nodes`, its value and the gradient there of a sampled log likelihood, piece by piece; returns the tokens seen.
 
     Gradients are those of the graph with activations in floating point, rounded already or not.
 
@@ -51,42 +49,31 @@ def take_gradients(gm: GraphModule, ctx: Context, nodes: Collection[Node], take:
         seed: of what is drawn.
     """
     exact, twin = exact_copy(gm)
-    wanted, seen = {twin[node]: node for node in nodes}, 0
+    origin = {twin[node]: node for node in nodes}
+    sweep, seen = Sweep(exact, {node: node for node in origin}), 0
     generator = torch.Generator().manual_seed(seed)
+    slope = partial(sampled_slope, sweep.outputs, generator)
     share = -(-tokens // len(ctx.calibration))
-
-    def watch(node: Node, value: Any) -> None:
-        if node in wanted:
-            if not value.requires_grad:
-                value.requires_grad_()
-            value.register_hook(partial(take, wanted[node], value.detach()))
-
     for batch in ctx.track(ctx.calibration, "gradients"):
         rows = some_rows(batch, -(-share * len(batch[0]) // tokens_in(batch)), generator)
-        backward(exact, rows, watch, generator)
+        for piece in sweep.pieces(rows):
+            sweep.run(piece, slope, lambda node, value, gradient: take(origin[node], value, gradient))
         seen += tokens_in(rows)
     return seen
 
 
-def backward(gm: GraphModule, batch: Sequence[Tensor], watch: evaluate.Tap, generator: torch.Generator) -> None:
-    """One run of a batch and back, from the log likelihood of a sample of the model's own predictions.
+def sampled_slope(outputs: Mapping[Node, str], generator: torch.Generator, node: Node, value: Tensor) -> Tensor:
+    """The gradient, at an own output, of the log likelihood of a sample of the model's own predictions.
 
-    `watch` is called with every node and its value, and lets the value require gradients and hooks it where it wants these.
+    Of logits it is `[class drawn] − softmax`, a few rows at a time: the draws are the same however a batch is cut into pieces. Outputs that
+    are no logits count as the means of normal distributions of variance one.
     """
-    outputs = own_outputs(gm)
-    calls = evaluate.calls_for(gm, outputs)
-    found = evaluate.evaluate(gm, calls, evaluate.bind(gm, batch), list(outputs), watch, grad=True)
-    _log_likelihood(found, outputs, generator).backward()  # type: ignore[no-untyped-call]
-
-
-def _log_likelihood(found: Mapping[Node, Tensor], outputs: Mapping[Node, str], generator: torch.Generator) -> Tensor:
-    """Of a sample of the model's own predictions."""
-    parts = []
-    for node, name in outputs.items():
-        value = found[node].float()
-        if name == "logits":
-            rows = value.flatten(0, -2).log_softmax(-1)
-            parts.append(rows.gather(1, draw(rows.detach(), generator)).sum())
-        else:
-            parts.append((value * torch.randn(value.shape, generator=generator)).sum())
-    return torch.stack(parts).sum()
+    if outputs[node] != "logits":
+        return torch.randn(value.shape, generator=generator).to(value.dtype)
+    rows = value.reshape(-1, value.shape[-1])
+    slope = torch.empty_like(rows)
+    for some in some_of(rows):
+        p = rows[some].float().softmax(-1)
+        drawn = pick(p, generator)
+        slope[some] = p.neg_().scatter_add_(1, drawn, torch.ones_like(p[:, :1]))
+    return slope.view(value.shape)

@@ -1,11 +1,13 @@
 """`learn_rounding`: choose the integers and scales of all weights together, by gradient on the model's own error."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
-from torch.fx import GraphModule
+from torch import Tensor
+from torch.fx import GraphModule, Node
 
 from ir import evaluate
 from ir.errors import DataError, OptionError
@@ -16,8 +18,12 @@ from ir.weights import round_layer, set_codes, unrounded
 from passes.base import Context, Effect, Pass
 from passes.codes import Codes
 from passes.descent import rate_at, shuffled, some_rows
-from passes.divergence import of_outputs, own_outputs, teacher
+from passes.divergence import of_outputs, teacher
 from passes.evidence import gather
+from passes.sweep import Sweep, room_of
+
+ROOM = 2**28  # bytes of activations of a step that are held at a time of any model
+SHARE = 4  # of a greater one as many as its weights take, over this
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,8 @@ class LearnRounding(Pass):
     have been dropped since. Annotated inputs are rounded while learning, as they will be.
 
     A weight's gradient is used and dropped as soon as it is known: beside the model there are two bytes a weight for the offsets, one
-    rounded weight, and the activations of `rows` samples; before, what the start needs (of yaqa `N² + K²` floats a linear).
+    rounded weight, and the activations of `rows` samples, at most a quarter of the weights' bytes or 256 MB: of more, the graph is cut into
+    parts, all but the last of which run twice. Before, there is what the start needs, of yaqa as much as half of the weights' bytes.
 
     Args:
         start: method of `round_weights`, with its own options, that finds the codes to start from; what it needs is gathered from the model
@@ -93,8 +100,7 @@ class LearnRounding(Pass):
         linears = [layer for layer in pending if layer.kind == "Linear"]
         if linears:
             learned = list(self._begun(gm, ctx, linears))
-            with torch.enable_grad():
-                self._descend(gm, ctx, learned)
+            self._descend(gm, ctx, learned)
             for codes in learned:
                 set_codes(gm, codes.layer, codes.encoding, *codes.result())
         for layer in pending:  # last: the model that is learned from is the one that was given
@@ -109,23 +115,26 @@ class LearnRounding(Pass):
             yield Codes(gm, layer, *rounding.round_weight(W, layer.mark.weight, evidence))
 
     def _descend(self, gm: GraphModule, ctx: Context, learned: Sequence[Codes]) -> None:
-        outputs = own_outputs(gm)
-        nodes = evaluate.calls_for(gm, outputs)
         exact_outputs = teacher(_exact(gm, ctx), self.labels)
-        instead = {codes.layer.node: codes.linear for codes in learned}
+        sweep = Sweep(gm, {}, {codes.layer.node: codes.linear for codes in learned}, room_of(gm, ROOM, SHARE))
         optimizer = torch.optim.Adam([codes.log_scale for codes in learned], betas=(0.9, 0.95))
         samples = shuffled(list(ctx.calibration), self.seed)
         for step in ctx.track(range(self.steps), "learn rounding"):
             batch, generator = next(samples)
             rows = some_rows(batch, self.rows, generator)
-            given, exact = evaluate.bind(gm, rows), dict(zip(outputs, exact_outputs(rows), strict=True))
             for codes in learned:
                 codes.rate = self.rate * (1 - step / self.steps)
             optimizer.param_groups[0]["lr"] = self.scale_rate * rate_at(step, self.steps)
             optimizer.zero_grad()
-            found = evaluate.evaluate(gm, nodes, given, list(outputs), instead=instead, grad=True)
-            of_outputs(found, exact, outputs).backward()  # type: ignore[no-untyped-call]
+            sweep.run(rows, partial(_slope, sweep.outputs, dict(zip(sweep.outputs, exact_outputs(rows), strict=True))))
             optimizer.step()
+
+
+def _slope(outputs: Mapping[Node, str], exact: dict[Node, Tensor], node: Node, value: Tensor) -> Tensor:
+    """The gradient of the loss at an own output."""
+    value.requires_grad_()
+    (found,) = torch.autograd.grad(of_outputs({node: value}, {node: exact.pop(node)}, {node: outputs[node]}), value)
+    return found
 
 
 def _exact(gm: GraphModule, ctx: Context) -> GraphModule:

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from ir import edit
 from ir.errors import BackendError, CoverageError, DataError, FxpressError, OptionError, PassError
+from ir.memory import give_back
 from ir.text import graph_text
 from ir.verify import verify
 from passes import registry
@@ -89,6 +90,7 @@ class Pipeline(Pass):
             except Exception as error:
                 raise _failure(step, records, error) from error
             records.append(record)
+            give_back()  # so that what a pass took and left adds nothing to the peak of the next
         return records
 
 

@@ -6,15 +6,17 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from ir import evaluate
 from ir.errors import DataError, OptionError
+from ir.memory import give_back
 from ir.sampling import draw
 from ir.signature import Signature
 from passes.base import Context, Effect, Pass
 
 TOGETHER = 16384  # tokens that are written at a time: their caches lie in memory together
+GROWTH = 16  # tokens by which caches grow before what they left is given back
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,19 @@ class SampleText(Pass):
         classes = signature.outputs[0].shape[-1]
         assert classes is not None
         ids = torch.randint(classes, (rows, 1), generator=generator)
+        nodes: tuple[Node, ...] = gm.graph.output_node().args[0]  # type: ignore[assignment]
+        calls = evaluate.calls_for(gm, nodes)
         past = None
-        for _ in range(length - 1):
+        for step in range(length - 1):
             next(steps)
-            mask = torch.ones_like(ids)
-            outputs = evaluate.run(gm, signature.bind(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=past))
-            past = signature.cache_of(outputs)
-            ids = torch.cat([ids, draw(outputs[0][:, -1].float() / self.temperature, generator)], -1)
+            if step % GROWTH == 0:
+                give_back()  # no hole that a cache leaves is large enough for the next
+            given = evaluate.bind(gm, signature.bind(input_ids=ids[:, -1:], attention_mask=torch.ones_like(ids), past_key_values=past))
+            past = None  # a layer's cache goes as soon as the longer one is there
+            found = evaluate.evaluate(gm, calls, given, nodes, spend=True)
+            past = signature.cache_of([found[node] for node in nodes])
+            ids = torch.cat([ids, draw(found[nodes[0]][:, -1].float() / self.temperature, generator)], -1)
+            del found
         return ids
 
 

@@ -49,9 +49,9 @@ class YAQA(Rounding):
     def solve(self, W: Tensor, encoding: Encoding, evidence: Evidence) -> tuple[Tensor, QParams]:
         """See `Rounding`."""
         grid = Grid(encoding, self.search)
+        _, qparams = GPTQ(damping=self.damping, search=self.search, sweeps=0).by_columns(W, grid, evidence.take("inner"))
         H_in, U_in = (matrix.float() for matrix in factored(evidence.take("inner"), self.damping))
         H_out, U_out = (matrix.float() for matrix in factored(evidence.take("outer"), self.damping))
-        _, qparams = GPTQ(damping=self.damping, search=self.search, sweeps=0).by_columns(W, grid, evidence.take("inner"))
         draft = KroneckerDraft(W, round_both_ways(W, qparams, grid, U_out, U_in), qparams, grid, H_out, H_in)
         for _ in range(self.sweeps):
             draft.move_codes(-(-sum(W.shape) // _SHARE))

@@ -32,3 +32,12 @@ def test_ancestors_stop_where_told(families):
     logits = gm.graph.output_node().args[0][0]
     assert evaluate.ancestors([logits], stop=[logits]) == set()
     assert len(evaluate.ancestors([logits])) > 50
+
+
+def test_what_is_given_is_dropped_too_if_it_may_be_spent(families):
+    gm = families("gpt2").graph()
+    outputs = list(gm.graph.output_node().args[0])
+    for spend in (False, True):
+        given = evaluate.bind(gm, gm.meta["example"])
+        evaluate.evaluate(gm, evaluate.calls_for(gm, outputs), given, outputs, spend=spend)
+        assert (len(given) < len(gm.meta["example"])) is spend

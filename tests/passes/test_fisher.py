@@ -5,7 +5,8 @@ from torch import nn
 from ir import edit, evaluate
 from ir.capture import capture
 from ir.sites import layers
-from passes.fisher import Kronecker, kronecker_factors, token_weights
+from passes import fisher
+from passes.fisher import Factors, Kronecker, kronecker_factors, token_weights
 from passes.gradients import output_sensitivity
 from tests.families import load
 from tests.passes.samples import CALIBRATION, context, run, tokens, vectors
@@ -91,3 +92,18 @@ def test_the_graph_is_left_alone_and_the_seed_decides():
     assert [str(node.format_node()) for node in gm.graph.nodes] == before
     assert all(torch.equal(a, b) for node in linears for a, b in zip(first[node], second[node], strict=True))
     assert all(parameter.grad is None for parameter in gm.parameters())
+
+
+@pytest.mark.parametrize(("room", "runs"), [(1, 15), (10**9, 1)])
+def test_factors_are_those_of_the_model_before_rounding_however_many_have_room(monkeypatch, room, runs):
+    gm, ctx, linears = prepared()
+    expected, seen = kronecker_factors(gm, ctx, linears), []
+    monkeypatch.setattr(fisher, "ROOM", room)
+    monkeypatch.setattr(fisher, "SHARE", 10**9)
+    monkeypatch.setattr(fisher, "kronecker_factors", lambda *given: seen.append(given[2]) or kronecker_factors(*given))
+    factors = Factors(gm, ctx, linears)
+    for node, layer in linears.items():
+        for found, exact in zip(factors.take(node), expected[node], strict=True):
+            torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-5 * float(exact.abs().max()))
+        edit.set_attribute(gm, layer.weight, torch.zeros_like(edit.attribute(gm, layer.weight)))
+    assert (len(seen), factors.known) == (runs, {})

@@ -50,8 +50,8 @@ class State:
         generators = [held[f"generator.{index}"] for index in range(len(self.generators))]
         for own, found in zip(self.tensors, tensors, strict=True):
             same_kind(own, found)
-        for own, found in zip(self.generators, generators, strict=True):
-            same_kind(own.get_state(), found)
+        for generator, found in zip(self.generators, generators, strict=True):
+            same_kind(generator.get_state(), found)
         if not 0 <= step <= count:
             raise DataError(f"a loop of {count} steps is not at step {step}")
         if self.optimizer is not None:
@@ -64,6 +64,6 @@ class State:
         with torch.no_grad():
             for own, found in zip(self.tensors, tensors, strict=True):
                 own.copy_(found)
-        for own, found in zip(self.generators, generators, strict=True):
-            own.set_state(found)
+        for generator, found in zip(self.generators, generators, strict=True):
+            generator.set_state(found)
         return step

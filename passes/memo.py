@@ -85,9 +85,10 @@ class Memo:
             self._say(f"the cache cannot be read, and results are computed anew: {error.strerror or error}: {self.folder}")
             return None
         except DAMAGE:
-            return self.damaged(key)
+            tensors, stated = {}, {}
         if (stated.get("format"), stated.get("key"), stated.get("checksum")) != (FORMAT, key, _checksum(tensors)):
-            return self.damaged(key)
+            self.damaged(key)
+            return None
         with suppress(OSError):
             os.utime(path)
         self._own.add(path)

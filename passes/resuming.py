@@ -141,7 +141,11 @@ class Results:
             for tensor, old in zip(whole, found, strict=True):
                 tensor.copy_(old)
 
-        self.kept(name, lambda: fill() and None, Form(lambda _: {str(index): tensor for index, tensor in enumerate(whole)}, restore))
+        def made() -> None:
+            fill()
+
+        form: Form[None] = Form(lambda _: {str(index): tensor for index, tensor in enumerate(whole)}, restore)
+        self.kept(name, made, form)
 
     def latest(self, name: str) -> "Slot":
         """Where the state of a long loop is kept, each in place of the last; it goes when the result that the loop is part of is kept."""
@@ -197,7 +201,8 @@ class Slot:
         try:
             return restore(held)
         except (DataError, *DAMAGE):
-            return self.memo.damaged(self.key)
+            self.memo.damaged(self.key)
+            return None
 
     def put(self, make: Callable[[], Tensors | None], seconds: float = 0.0) -> None:
         """Keep a state, if the last one is some seconds old, and ten times as old as keeping it took; None is no state."""

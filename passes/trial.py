@@ -20,7 +20,7 @@ from passes.calibration import take_rows, tokens_in
 from passes.divergence import of_outputs, own_outputs
 from passes.fit import Fit
 from passes.forms import WHOLE, Cuts, Form
-from passes.prefix import still_inputs
+from passes.still import still_inputs
 
 Variant = Mapping[Layer, Form]  # the linears that are changed, and into what
 Values = dict[Node, Any]

@@ -62,7 +62,8 @@ def _costs(gm: GraphModule, ctx: Context, options: Wanted, rounding: Rounding, c
     linears = {layer.node: layer for layer in options}
     for source in still_sources(gm, sampled(ctx, TOKENS), linears, "predict", _roundings(options)):
         make = partial(_of_source, gm, source, options, rounding, cuts, feels)
-        found |= ctx.memo.kept(f"costs of {source.layers[0].path}", make, TABLE)
+        of_source: Costs = ctx.memo.kept(f"costs of {source.layers[0].path}", make, TABLE)
+        found |= of_source
     return found
 
 

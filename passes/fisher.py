@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ir import evaluate
+from ir import edit, evaluate
 from ir.rounding import row_groups
 from passes.base import Context
+from passes.calibration import tokens_in
 from passes.gradients import backward
+from passes.packed import like
 from passes.prefix import exact_copy
 
 Take = Callable[[Node, Tensor, Tensor], None]
@@ -37,17 +39,29 @@ def token_weights(gm: GraphModule, ctx: Context, nodes: Collection[Node], groups
         squares = g.flatten(0, -2).float().square()
         found[node].append(torch.stack([squares[:, part].mean(1) for part in row_groups(squares.shape[1], groups)], 1))
 
-    _run(gm, ctx, nodes, take)
-    return found
+    def all_found() -> list[Tensor]:
+        _run(gm, ctx, nodes, take)
+        return [weights for node in nodes for weights in found[node]]
+
+    parts = {node: len(row_groups(edit.value(node).shape[-1], groups)) for node in nodes}
+    form = like([torch.empty(tokens_in(batch), parts[node], device="meta") for node in nodes for batch in ctx.calibration])
+    made = ctx.memo.kept("weights of tokens", all_found, form)
+    weights = iter(made)
+    return {node: [next(weights) for _ in ctx.calibration] for node in nodes}
 
 
 @dataclass
 class Kronecker:
-    """Sums over tokens of `GGᵀ [N, N]` and `GᵀG [K, K]`, with gradients `G = g xᵀ [N, K]` of a weight, and the number of tokens."""
+    """Sums over tokens of `GGᵀ [N, N]` and `GᵀG [K, K]`, `G = g xᵀ [N, K]` the gradient of a weight; the number of tokens, int64 `[]`."""
 
     outer: Tensor
     inner: Tensor
-    tokens: int = 0
+    tokens: Tensor
+
+    @classmethod
+    def empty(cls, N: int, K: int) -> "Kronecker":
+        """Of no tokens."""
+        return cls(torch.zeros(N, N), torch.zeros(K, K), torch.zeros((), dtype=torch.int64))
 
     def take(self, x: Tensor, g: Tensor) -> None:
         """Take in a linear's inputs `[..., K]` and the gradients of its outputs `[..., N]`."""
@@ -58,7 +72,7 @@ class Kronecker:
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """`H_out = E[GGᵀ]` and `H_in = E[GᵀG] / E‖G‖²`, so that `½ tr(H_out ΔW H_in ΔWᵀ)` are nats a token."""
-        return self.outer / max(self.tokens, 1), self.inner / self.inner.trace().clamp_min(torch.finfo(torch.float32).tiny)
+        return self.outer / max(int(self.tokens), 1), self.inner / self.inner.trace().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def kronecker_factors(gm: GraphModule, ctx: Context, nodes: Collection[Node]) -> dict[Node, tuple[Tensor, Tensor]]:
@@ -68,13 +82,13 @@ def kronecker_factors(gm: GraphModule, ctx: Context, nodes: Collection[Node]) ->
     more than they add on average, and few sequences are seen. So a divergence comes out too low, and its shape right. Memory: `N² + K²`
     floats a linear, beside one batch's activations.
     """
-    sums: dict[Node, Kronecker] = {}
+    sums = {node: Kronecker.empty(edit.value(node).shape[-1], edit.value(node.all_input_nodes[0]).shape[-1]) for node in nodes}
 
     def take(node: Node, x: Tensor, g: Tensor) -> None:
-        N, K = g.shape[-1], x.shape[-1]
-        sums.setdefault(node, Kronecker(torch.zeros(N, N), torch.zeros(K, K))).take(x.float(), g.float())
+        sums[node].take(x.float(), g.float())
 
-    _run(gm, ctx, nodes, take)
+    parts = [part for own in sums.values() for part in (own.outer, own.inner, own.tokens)]
+    ctx.memo.filled("factors", parts, lambda: _run(gm, ctx, nodes, take))
     return {node: sums[node].factors() for node in nodes}
 
 

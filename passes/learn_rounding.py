@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from ir import evaluate
@@ -17,7 +18,8 @@ from passes.base import Context, Effect, Pass
 from passes.codes import Codes
 from passes.descent import rate_at, shuffled, some_rows
 from passes.divergence import of_outputs, own_outputs, teacher
-from passes.evidence import gather
+from passes.evidence import rounded
+from passes.loops import State
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class LearnRounding(Pass):
         if linears:
             learned = list(self._begun(gm, ctx, linears))
             with torch.enable_grad():
-                self._descend(gm, ctx, learned)
+                ctx.memo.filled("codes and scales", _learned(learned), lambda: self._descend(gm, ctx, learned))
             for codes in learned:
                 set_codes(gm, codes.layer, codes.encoding, *codes.result())
         for layer in pending:  # last: the model that is learned from is the one that was given
@@ -105,8 +107,8 @@ class LearnRounding(Pass):
     def _begun(self, gm: GraphModule, ctx: Context, linears: Sequence[Layer]) -> Iterator[Codes]:
         """The codes to start from."""
         rounding = METHODS[self.start]()
-        for layer, evidence, W in gather(gm, ctx, {layer.node: layer for layer in linears}, rounding, propagation=0.0):
-            yield Codes(gm, layer, *rounding.round_weight(W, layer.mark.weight, evidence))
+        for layer, codes, qparams in rounded(gm, ctx, {layer.node: layer for layer in linears}, rounding, propagation=0.0):
+            yield Codes(gm, layer, codes, qparams)
 
     def _descend(self, gm: GraphModule, ctx: Context, learned: Sequence[Codes]) -> None:
         outputs = own_outputs(gm)
@@ -114,10 +116,10 @@ class LearnRounding(Pass):
         exact_outputs = teacher(_exact(gm, ctx), self.labels)
         instead = {codes.layer.node: codes.linear for codes in learned}
         optimizer = torch.optim.Adam([codes.log_scale for codes in learned], betas=(0.9, 0.95))
-        samples = shuffled(list(ctx.calibration), self.seed)
-        for step in ctx.track(range(self.steps), "learn rounding"):
-            batch, generator = next(samples)
-            rows = some_rows(batch, self.rows, generator)
+        samples = (some_rows(batch, self.rows, generator) for batch, generator in shuffled(list(ctx.calibration), self.seed))
+        state = State(_learned(learned), optimizer, samples=samples)
+        for step in ctx.memo.steps(ctx, range(self.steps), "learn rounding", state):
+            rows = next(samples)
             given, exact = evaluate.bind(gm, rows), dict(zip(outputs, exact_outputs(rows), strict=True))
             for codes in learned:
                 codes.rate = self.rate * (1 - step / self.steps)
@@ -126,6 +128,11 @@ class LearnRounding(Pass):
             found = evaluate.evaluate(gm, nodes, given, list(outputs), instead=instead, grad=True)
             of_outputs(found, exact, outputs).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+
+
+def _learned(codes: Sequence[Codes]) -> list[Tensor]:
+    """What is learned of weights."""
+    return [tensor for own in codes for tensor in (own.offset, own.log_scale)]
 
 
 def _exact(gm: GraphModule, ctx: Context) -> GraphModule:

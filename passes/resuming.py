@@ -138,8 +138,9 @@ class Results:
             found = [held[str(index)] for index in range(len(whole))]
             for tensor, old in zip(whole, found, strict=True):
                 same_kind(tensor, old)
-            for tensor, old in zip(whole, found, strict=True):
-                tensor.copy_(old)
+            with torch.no_grad():
+                for tensor, old in zip(whole, found, strict=True):
+                    tensor.copy_(old)
 
         def made() -> None:
             fill()

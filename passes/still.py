@@ -82,7 +82,7 @@ class _Still:
         return found[source]
 
     def _of_block(self, number: int, readers: dict[Node, list[Layer]]) -> dict[Node, Inputs]:
-        gm, block = self.gm, self.cut[number]
+        block = self.cut[number]
         grams = {source: torch.zeros(2 * (edit.value(source).shape[-1],)) for source in readers}
         totals = {source: torch.zeros(edit.value(source).shape[-1]) for source in readers}
         noise = {source: {encoding: torch.zeros_like(grams[source]) for encoding in self.roundings.get(source, ())} for source in readers}

@@ -197,12 +197,32 @@ class Statistics(dict[str, TensorStatistics]):
                 merged[site] = self[site].merge(other[site])
         return merged
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything kept, by site and field name."""
+        return {f"{site}/{name}": kept.contiguous() for site, at in self.items() for name, kept in at.tensors().items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Statistics":
+        """The exact inverse of `tensors`.
+
+        Raises:
+            DataError: a site is incomplete or misshapen; names it.
+        """
+        grouped: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            site, _, name = key.rpartition("/")
+            grouped.setdefault(site, {})[name] = tensor
+        made = cls()
+        for site, kept in grouped.items():
+            with _at(site):
+                made[site] = TensorStatistics.from_tensors(kept)
+        return made
+
     def save(self, path: Path | str) -> None:
         """Write all sites into one safetensors file; a reader sees the old file or the whole new one, never a part."""
         path = Path(path)
-        tensors = {f"{site}/{name}": kept.contiguous() for site, at in self.items() for name, kept in at.tensors().items()}
         with appearing(path) as draft:
-            save_file(tensors, draft, FORMAT)
+            save_file(self.tensors(), draft, FORMAT)
 
     @classmethod
     def load(cls, path: Path | str) -> "Statistics":
@@ -212,15 +232,11 @@ class Statistics(dict[str, TensorStatistics]):
             DataError: the file is missing, truncated, of another kind or version, or a site in it is incomplete or misshapen.
         """
         with _at(str(path)):
-            grouped: dict[str, dict[str, Tensor]] = {}
-            for key, tensor in _read(Path(path)).items():
-                site, _, name = key.rpartition("/")
-                grouped.setdefault(site, {})[name] = tensor
-        loaded = cls()
-        for site, kept in grouped.items():
-            with _at(f"{site} in {path}"):
-                loaded[site] = TensorStatistics.from_tensors(kept)
-        return loaded
+            tensors = _read(Path(path))
+        try:
+            return cls.from_tensors(tensors)
+        except DataError as error:
+            raise DataError(error.what, where=f"{error.where} in {path}", remedy=error.remedy) from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:

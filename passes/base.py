@@ -13,6 +13,7 @@ from ir.errors import OptionError
 from ir.statistics import Statistics
 from passes.calls import call_text
 from passes.progress import Progress
+from passes.resuming import Results
 
 if TYPE_CHECKING:
     from passes.backend import Backend
@@ -58,6 +59,7 @@ class Context:
         backend: the target; what it does not support is refused as soon as it is annotated.
         original: the graph as it was before the first pass, over the caller's tensors; None where a pass is run by itself.
         allow_partial: leave unsupported layers as they are, instead of refusing.
+        memo: what earlier compiles have computed of this one.
     """
 
     calibration: Sequence[list[Tensor]] = ()
@@ -71,6 +73,7 @@ class Context:
     backend: "Backend | None" = None
     original: GraphModule | None = None
     allow_partial: bool = False
+    memo: Results = field(default_factory=Results)
 
     def skip(self, path: str, reason: str, size: int, asked: bool = False) -> None:
         """Record that the weight bytes at `path` are left as they are, and why."""
@@ -95,6 +98,7 @@ class Pass:
     """
 
     effect: ClassVar[Effect]
+    targeted: ClassVar[bool] = False  # whether it looks at `ctx.backend`, so that results of another target are others
     files: ClassVar[tuple[str, ...]] = ()  # options that name files, which a recipe may only name below the working folder
 
     def take_names(self, option: str, known: Collection[str]) -> None:

@@ -55,6 +55,7 @@ class Budgeted(Pass):
     corrections: int = 0
     seed: int = 0
     files: ClassVar[tuple[str, ...]] = ("file", "latencies")
+    targeted: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         where = self.name()

@@ -12,6 +12,7 @@ from ir.encoding import Encoding
 from ir.statistics import Statistics
 from passes.base import Context
 from passes.observation import watch
+from passes.packed import STATISTICS
 
 
 def observed(gm: GraphModule, ctx: Context, sites: Sequence[CacheSite]) -> Statistics:
@@ -22,8 +23,11 @@ def observed(gm: GraphModule, ctx: Context, sites: Sequence[CacheSite]) -> Stati
     def take(node: Node, value: Tensor) -> None:
         statistics.observe(names[node], value.transpose(1, 2).flatten(2), sketch=False)
 
-    watch(gm, ctx, names, take, "quantize_cache")
-    return statistics
+    def measured() -> Statistics:
+        watch(gm, ctx, names, take, "quantize_cache")
+        return statistics
+
+    return ctx.memo.kept("statistics of the cache", measured, STATISTICS)
 
 
 def static_code(site: CacheSite, encoding: Encoding, statistics: Statistics, packed: bool) -> CacheCode:

@@ -12,6 +12,7 @@ from ir.errors import OptionError
 from ir.knapsack import Option
 from passes.base import Context
 from passes.gradients import take_gradients
+from passes.packed import numbers
 from passes.units import NATS
 
 Codes = Sequence[CacheCode | None]  # what a site may become; None stays in floating point
@@ -94,5 +95,10 @@ def predicted(gm: GraphModule, ctx: Context, options: Mapping[CacheSite, Codes],
                 errors = (x - code.decode(code.encode(x, compute), x.dtype, compute)).double()
                 sums[site][index] += float((weights * errors.square()).sum())
 
-    seen = take_gradients(gm, ctx, list(site_of), take, tokens, seed)
-    return {site: [0.5 * total / max(seen, 1) for total in totals] for site, totals in sums.items()}
+    def found() -> list[float]:
+        seen = take_gradients(gm, ctx, list(site_of), take, tokens, seed)
+        return [0.5 * total / max(seen, 1) for totals in sums.values() for total in totals]
+
+    made = ctx.memo.kept("costs of widths", found, numbers(sum(map(len, options.values()))))
+    costs = iter(made)
+    return {site: [next(costs) for _ in codes] for site, codes in options.items()}

@@ -61,7 +61,7 @@ class ClipActivations(Pass):
         def take(source: Node, value: Tensor) -> None:
             errors[source] += _errors(gm, tokens_of(value, ctx, self.tokens).float(), found[source])
 
-        watch(gm, ctx, errors, take, "clip activations")
+        ctx.memo.filled("errors", list(errors.values()), lambda: watch(gm, ctx, errors, take, "clip activations"))
         clipped = 0
         for source, error in errors.items():
             ratio = RATIOS[int(error.argmin())]

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from passes.fit import Fit, squares
 from passes.forms import WHOLE, Cuts, Form
 from passes.gradients import output_sensitivity
 from passes.observation import sampled
-from passes.prefix import Inputs, still_inputs
+from passes.packed import TABLE
+from passes.prefix import Inputs, Source
+from passes.still import still_sources
 
 FORMAT = "fxpress-costs-2"
 TOKENS = 32768  # of the calibration data, that inputs are taken from
@@ -57,11 +60,22 @@ def layer_costs(gm: GraphModule, ctx: Context, options: Wanted, rounding: Roundi
 def _costs(gm: GraphModule, ctx: Context, options: Wanted, rounding: Rounding, cuts: Cuts, feels: Mapping[object, Tensor] | None) -> Costs:
     found: Costs = {}
     linears = {layer.node: layer for layer in options}
-    for inputs in still_inputs(gm, sampled(ctx, TOKENS), linears, "predict", _roundings(options)):
-        for layer in inputs.layers:
-            W = edit.attribute(gm, layer.weight).detach().float()
-            weighed = feels[layer.node] if feels is not None else torch.ones(len(W)) / squares(W, inputs.gram).sum().clamp_min(1e-30)
-            found |= {(layer.path, text): cost for text, cost in _of_layer(gm, layer, inputs, options[layer], rounding, cuts, weighed)}
+    for source in still_sources(gm, sampled(ctx, TOKENS), linears, "predict", _roundings(options)):
+        make = partial(_of_source, gm, source, options, rounding, cuts, feels)
+        of_source: Costs = ctx.memo.kept(f"costs of {source.layers[0].path}", make, TABLE)
+        found |= of_source
+    return found
+
+
+def _of_source(
+    gm: GraphModule, source: Source, options: Wanted, rounding: Rounding, cuts: Cuts, feels: Mapping[object, Tensor] | None
+) -> Costs:
+    found: Costs = {}
+    inputs = source.inputs()
+    for layer in source.layers:
+        W = edit.attribute(gm, layer.weight).detach().float()
+        weighed = feels[layer.node] if feels is not None else torch.ones(len(W)) / squares(W, inputs.gram).sum().clamp_min(1e-30)
+        found |= {(layer.path, text): cost for text, cost in _of_layer(gm, layer, inputs, options[layer], rounding, cuts, weighed)}
     return found
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.calibration import take_rows
+from passes.loops import State
 
 T = TypeVar("T")
 Loss = Callable[[T], Tensor]
@@ -41,7 +42,7 @@ def descend(
     held: Sequence[T],
     *,
     rate: float,
-    steps: Iterable[int],
+    steps: Callable[[State], Iterable[int]],
     count: int,
 ) -> float:
     """Adam with warm-up and cosine decay. The parameters end at the best of their start and four later looks at what is held out.
@@ -52,34 +53,34 @@ def descend(
         samples: items to learn from, at least `count`.
         held: items to choose on.
         rate: the greatest learning rate.
-        steps: 1 to `count`, perhaps with a progress bar.
-        count: the number of steps.
+        steps: the numbers of the steps from 0, as the loop goes on from a state.
+        count: how many there are.
 
     Returns:
         The loss on what is held out.
     """
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
-    best, kept = _mean(loss, held), _copies(wanted)
+    best, kept = torch.tensor(_mean(loss, held), dtype=torch.float64), [parameter.detach().clone() for parameter in wanted]
     if not wanted:
-        return best
-    optimizer = torch.optim.Adam(wanted, lr=rate, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, count))
+        return float(best)
+    optimizer = torch.optim.Adam(wanted, betas=(0.9, 0.95))
     looks = {-(-count * look // LOOKS) for look in range(1, LOOKS + 1)}
-    for step in steps:
+    for step in steps(State([best, *kept, *wanted], optimizer, samples=samples)):
+        optimizer.param_groups[0]["lr"] = rate * rate_at(step, count)
         optimizer.zero_grad()
         loss(next(samples)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        schedule.step()
-        if step in looks and (found := _mean(loss, held)) < best:
-            best, kept = found, _copies(wanted)
-    with torch.no_grad():
-        for parameter, value in zip(wanted, kept, strict=True):
-            parameter.copy_(value)
-    return best
+        if step + 1 in looks and (found := _mean(loss, held)) < best:
+            best.fill_(found)
+            _copy(wanted, kept)
+    _copy(kept, wanted)
+    return float(best)
 
 
-def _copies(parameters: Sequence[Tensor]) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in parameters]
+@torch.no_grad()
+def _copy(values: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+    for value, tensor in zip(values, into, strict=True):
+        tensor.copy_(value)
 
 
 def rate_at(step: int, count: int) -> float:

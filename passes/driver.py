@@ -22,11 +22,13 @@ from passes.calibration import flat_batches
 from passes.calls import call_text
 from passes.compiled import Compiled
 from passes.layerwise import View, layer_rows, part_rows, read_rows
+from passes.memo import Memo
 from passes.pipeline import Pipeline
 from passes.probe import model_outputs, relative_error
 from passes.progress import Progress
 from passes.recipe import Recipe, calibration_fingerprint, versions, weights_fingerprint
 from passes.report import Report, coverage, left_out
+from passes.resuming import Results
 
 PROBE_ROWS, PROBE_LENGTH = 2, 64
 
@@ -43,6 +45,7 @@ def compile(
     tokenizer: Any = None,
     allow_partial: bool = False,
     progress: Progress | None = None,
+    cache: Memo | str | Path | bool | None = None,
 ) -> Compiled:
     """Compress a model.
 
@@ -57,6 +60,8 @@ def compile(
         tokenizer: a tokenizer, or a folder with its files, to save beside the result; by default the model's own folder.
         allow_partial: leave layers that the backend does not support as they are, instead of refusing.
         progress: how to show it.
+        cache: a folder that results are kept in and taken from, so that a compile which was killed goes on where it was; True for the one
+            of the user, `~/.cache/fxpress`. What is written is the same with and without.
 
     Raises:
         FxpressError: one of its kinds; bad input is refused before any long work.
@@ -81,6 +86,8 @@ def compile(
     example: list[Tensor] = gm.meta["example"]
     ctx = Context(batches, _probe(gm, batches) or example, seed, progress or Progress(), backend=target, allow_partial=allow_partial)
     ctx.original = edit.copied(gm)
+    ctx.memo = Results(Memo.of(cache), f"{type(model).__name__}, {steps}")
+    ctx.memo.begin(gm, ctx, marks)
     original = _original(gm, ctx)
     before = View.of(gm, ctx)
     trace = steps.execute(gm, ctx)

@@ -1,7 +1,8 @@
 """Drop units of channels that were picked: refit what reads them, cut the tensors, and say what has no units to drop."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from ir.selection import select, stays
 from ir.sites import Layer, layers
 from passes.base import Context
 from passes.kinds import INPUTS, OUTPUTS, Units
-from passes.prefix import Prefix
+from passes.prefix import Prefix, Source
 
 Picked = Sequence[tuple[Units, Tensor]]  # units, with those that stay in rising order
 
@@ -111,18 +112,45 @@ def _refit(gm: GraphModule, ctx: Context, picked: Picked, damping: float, bias: 
             pending[layer.node] = layer
     if not pending:  # nothing reads branches but the residual stream
         return
-    for inputs in Prefix(gm, ctx, pending).inputs("refit"):
-        for layer in inputs.layers:
+    for source in Prefix(gm, ctx, pending).sources("refit"):
+        fewer = [layer for layer in source.layers if layer.node in keeps]
+        adds = {layer.node for layer in fewer if has_bias(layer) or (bias and operand(layer.node, "bias") is None)}
+        mean, fitted = torch.empty(edit.value(source.layers[0].node.all_input_nodes[0]).shape[-1]), _empty(gm, fewer, adds)
+        fit = partial(_fit, gm, source, fewer, keeps, damping, mean, fitted)
+        ctx.memo.filled(f"refit of {source.layers[0].path}", [mean, *(part for pair in fitted for part in pair if part is not None)], fit)
+        for layer in source.layers:
             if layer.node in fills:
-                fills[layer.node].give(gm, inputs.mean)
-            if layer.node not in keeps:
-                continue
-            adds = has_bias(layer) or (bias and operand(layer.node, "bias") is None)
-            W = edit.attribute(gm, layer.weight).detach()
-            fitted, change = refit(W, inputs.gram, keeps[layer.node], damping, inputs.mean if adds else None)
-            edit.set_attribute(gm, layer.weight, fitted)
+                fills[layer.node].give(gm, mean)
+        for layer, (W, change) in zip(fewer, fitted, strict=True):
+            edit.set_attribute(gm, layer.weight, W)
             if change is not None:
                 _add_bias(gm, layer, change)
+
+
+Fitted = Sequence[tuple[Tensor, Tensor | None]]  # weights, and what is added to biases
+
+
+def _empty(gm: GraphModule, layers: Sequence[Layer], adds: Collection[Node]) -> Fitted:
+    """Room for what `_fit` finds."""
+    found = []
+    for layer in layers:
+        W = edit.attribute(gm, layer.weight).detach()
+        found.append((torch.empty_like(W), W.new_empty(len(W), dtype=torch.float64) if layer.node in adds else None))
+    return found
+
+
+def _fit(
+    gm: GraphModule, source: Source, layers: Sequence[Layer], keeps: Mapping[Node, Tensor], damping: float, mean: Tensor, fitted: Fitted
+) -> None:
+    """Fill in the mean of the inputs, and what refitting makes of weights and biases."""
+    inputs = source.inputs()
+    mean.copy_(inputs.mean)
+    for layer, (W, change) in zip(layers, fitted, strict=True):
+        old = edit.attribute(gm, layer.weight).detach()
+        new, more = refit(old, inputs.gram, keeps[layer.node], damping, None if change is None else inputs.mean)
+        W.copy_(new)
+        if change is not None and more is not None:
+            change.copy_(more)
 
 
 def _add_bias(gm: GraphModule, layer: Layer, change: Tensor) -> None:

@@ -1,23 +1,51 @@
 """Gather what a rounding method needs to know about linears, and no more."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ir import edit
+from ir.numerics import QParams
 from ir.rounding import Evidence, Rounding, propagate_error
 from ir.sites import Layer
 from passes.base import Context
 from passes.fisher import Factors, token_weights
-from passes.prefix import Inputs, Prefix
+from passes.packed import Coded, coded
+from passes.prefix import Inputs, Prefix, Source
 
 PROPAGATION_DAMPING = 0.1  # of the regression on the prefix's error: a smaller one follows the calibration data too closely
 Known = tuple[Layer, Evidence, Tensor]  # a linear, what is known about it, and the weight to round
 
 
-def gather(gm: GraphModule, ctx: Context, linears: dict[Node, Layer], rounding: Rounding, propagation: float) -> Iterator[Known]:
-    """Linears in the order that they run, each to be rounded before the next one is asked for.
+class Group(NamedTuple):
+    """Linears that are rounded together, and how to find what is known about each."""
+
+    layers: Sequence[Layer]
+    known: Callable[[], list[Known]]
+
+
+def rounded(
+    gm: GraphModule, ctx: Context, linears: dict[Node, Layer], rounding: Rounding, propagation: float
+) -> Iterator[tuple[Layer, Tensor, QParams]]:
+    """Linears with their codes and parameters, in the order that they run, each to be stored before the next one is asked for.
+
+    What an earlier run has rounded is not rounded again, and no inputs are gathered for it. Args: as of `gather`.
+    """
+    for group in gather(gm, ctx, linears, rounding, propagation):
+        form = coded([(tuple(edit.value(layer.weight).shape), layer.mark.weight) for layer in group.layers])
+        found = ctx.memo.kept(f"codes of {group.layers[0].path}", partial(_round, group, rounding), form)
+        yield from ((layer, codes, qparams) for layer, (codes, qparams) in zip(group.layers, found, strict=True))
+
+
+def _round(group: Group, rounding: Rounding) -> list[Coded]:
+    return [rounding.round_weight(W, layer.mark.weight, evidence) for layer, evidence, W in group.known()]
+
+
+def gather(gm: GraphModule, ctx: Context, linears: dict[Node, Layer], rounding: Rounding, propagation: float) -> Iterator[Group]:
+    """Linears in the order that they run, each group to be rounded before the next one is asked for.
 
     Gradients are those of the model as it is given; inputs come from the prefix as rounded by then.
 
@@ -31,35 +59,30 @@ def gather(gm: GraphModule, ctx: Context, linears: dict[Node, Layer], rounding: 
     factors = Factors(gm, ctx, linears) if "outer" in rounding.needs else None
     weights = token_weights(gm, ctx, linears, getattr(rounding, "groups", 1)) if "grams" in rounding.needs else {}
     if propagation == 0 and {"outer", "inner"}.issuperset(rounding.needs):
-        return _of_gradients(gm, ctx, linears, factors)
-    return _of_prefix(gm, ctx, linears, rounding, propagation, factors, weights)
+        for layer in ctx.track(linears.values(), "round weights"):
+            yield Group([layer], partial(_of_gradients, gm, layer, factors))
+        return
+    for source in Prefix(gm, ctx, linears, exact=propagation > 0, weights=weights).sources("round weights"):
+        yield Group(source.layers, partial(_of_prefix, gm, source, rounding, propagation, factors))
 
 
-def _of_gradients(gm: GraphModule, ctx: Context, linears: dict[Node, Layer], factors: Factors | None) -> Iterator[Known]:
-    for node, layer in ctx.track(linears.items(), "round weights"):
-        outer, inner = factors.take(node) if factors else (None, None)
-        yield layer, Evidence(outer=outer, inner=inner), _weight(gm, layer)
+def _of_gradients(gm: GraphModule, layer: Layer, factors: Factors | None) -> list[Known]:
+    outer, inner = factors.take(layer.node) if factors else (None, None)
+    return [(layer, Evidence(outer=outer, inner=inner), _weight(gm, layer))]
 
 
-def _of_prefix(
-    gm: GraphModule,
-    ctx: Context,
-    linears: dict[Node, Layer],
-    rounding: Rounding,
-    propagation: float,
-    factors: Factors | None,
-    weights: Mapping[Node, list[Tensor]],
-) -> Iterator[Known]:
-    asymmetric = "cross" in rounding.needs
-    for inputs in Prefix(gm, ctx, linears, exact=propagation > 0, weights=weights).inputs("round weights"):
-        cross = _cross(inputs, propagation) if asymmetric else None
-        for layer in inputs.layers:
-            outer, inner = factors.take(layer.node) if factors else (None, None)
-            known = Evidence(inputs.gram, cross, inputs.grams.get(layer.node), outer, inner)
-            W = _weight(gm, layer)
-            if inputs.cross is not None and not asymmetric:
-                W = propagate_error(W, inputs.gram, inputs.cross, propagation, PROPAGATION_DAMPING)
-            yield layer, known, W
+def _of_prefix(gm: GraphModule, source: Source, rounding: Rounding, propagation: float, factors: Factors | None) -> list[Known]:
+    asymmetric, inputs = "cross" in rounding.needs, source.inputs()
+    cross = _cross(inputs, propagation) if asymmetric else None
+    found = []
+    for layer in inputs.layers:
+        outer, inner = factors.take(layer.node) if factors else (None, None)
+        known = Evidence(inputs.gram, cross, inputs.grams.get(layer.node), outer, inner)
+        W = _weight(gm, layer)
+        if inputs.cross is not None and not asymmetric:
+            W = propagate_error(W, inputs.gram, inputs.cross, propagation, PROPAGATION_DAMPING)
+        found.append((layer, known, W))
+    return found
 
 
 def _cross(inputs: Inputs, propagation: float) -> Tensor:

@@ -15,7 +15,9 @@ from torch.fx import Graph, GraphModule, Node
 from ir import edit
 from ir.rounding import row_groups
 from passes.base import Context
+from passes.calibration import tokens_in
 from passes.gradients import sampled_slope
+from passes.packed import like
 from passes.prefix import exact_copy
 from passes.sweep import Sweep, room_of
 
@@ -38,17 +40,29 @@ def token_weights(gm: GraphModule, ctx: Context, nodes: Collection[Node], groups
         squares = g.flatten(0, -2).float().square()
         found[node][index].append(torch.stack([squares[:, part].mean(1) for part in row_groups(squares.shape[1], groups)], 1))
 
-    _run(gm, ctx, nodes, take)
-    return {node: [torch.cat(pieces) for pieces in batches] for node, batches in found.items()}
+    def all_found() -> list[Tensor]:
+        _run(gm, ctx, nodes, take)
+        return [torch.cat(pieces) for node in nodes for pieces in found[node]]
+
+    parts = {node: len(row_groups(edit.value(node).shape[-1], groups)) for node in nodes}
+    form = like([torch.empty(tokens_in(batch), parts[node], device="meta") for node in nodes for batch in ctx.calibration])
+    made = ctx.memo.kept("weights of tokens", all_found, form)
+    weights = iter(made)
+    return {node: [next(weights) for _ in ctx.calibration] for node in nodes}
 
 
 @dataclass
 class Kronecker:
-    """Sums over tokens of `GGᵀ [N, N]` and `GᵀG [K, K]`, with gradients `G = g xᵀ [N, K]` of a weight, and the number of tokens."""
+    """Sums over tokens of `GGᵀ [N, N]` and `GᵀG [K, K]`, `G = g xᵀ [N, K]` the gradient of a weight; the number of tokens, int64 `[]`."""
 
     outer: Tensor
     inner: Tensor
-    tokens: int = 0
+    tokens: Tensor
+
+    @classmethod
+    def empty(cls, N: int, K: int) -> "Kronecker":
+        """Of no tokens."""
+        return cls(torch.zeros(N, N), torch.zeros(K, K), torch.zeros((), dtype=torch.int64))
 
     def take(self, x: Tensor, g: Tensor) -> None:
         """Take in a linear's inputs `[..., K]` and the gradients of its outputs `[..., N]`."""
@@ -59,23 +73,23 @@ class Kronecker:
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """`H_out = E[GGᵀ]` and `H_in = E[GᵀG] / E‖G‖²`, so that `½ tr(H_out ΔW H_in ΔWᵀ)` are nats a token."""
-        return self.outer / max(self.tokens, 1), self.inner / self.inner.trace().clamp_min(torch.finfo(torch.float32).tiny)
+        return self.outer / max(int(self.tokens), 1), self.inner / self.inner.trace().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def kronecker_factors(gm: GraphModule, ctx: Context, nodes: Collection[Node]) -> dict[Node, tuple[Tensor, Tensor]]:
+def kronecker_factors(gm: GraphModule, ctx: Context, nodes: Collection[Node], name: str = "factors") -> dict[Node, tuple[Tensor, Tensor]]:
     """The Kronecker pair of the Fisher information of each linear's weight, `H_out [N, N]` and `H_in [K, K]` (YAQA, 2505.22988).
 
     Where the paper's sketch B takes the gradient of a sequence as one, tokens count one by one: products of two tokens' gradients vary much
     more than they add on average, and few sequences are seen. So a divergence comes out too low, and its shape right. Memory: `N² + K²`
     floats a linear, beside the activations of some rows; `Factors` bounds them.
     """
-    sums: dict[Node, Kronecker] = {}
+    sums = {node: Kronecker.empty(edit.value(node).shape[-1], edit.value(node.all_input_nodes[0]).shape[-1]) for node in nodes}
 
     def take(_: int, node: Node, x: Tensor, g: Tensor) -> None:
-        N, K = g.shape[-1], x.shape[-1]
-        sums.setdefault(node, Kronecker(torch.zeros(N, N), torch.zeros(K, K))).take(x.float(), g.float())
+        sums[node].take(x.float(), g.float())
 
-    _run(gm, ctx, nodes, take)
+    parts = [part for own in sums.values() for part in (own.outer, own.inner, own.tokens)]
+    ctx.memo.filled(name, parts, lambda: _run(gm, ctx, nodes, take))
     return {node: sums[node].factors() for node in nodes}
 
 
@@ -91,17 +105,18 @@ class Factors:
 
     def __init__(self, gm: GraphModule, ctx: Context, nodes: Collection[Node]) -> None:
         self.ctx, self.known = ctx, dict[Node, tuple[Tensor, Tensor]]()
-        self.groups = _groups(nodes, room_of(gm, ROOM, SHARE))
+        self.groups = dict(enumerate(_groups(nodes, room_of(gm, ROOM, SHARE))))
         self.gm, twin = exact_copy(gm)
         self.twin = {node: twin[node] for node in nodes}
 
     def take(self, node: Node) -> tuple[Tensor, Tensor]:
         """The pair of a linear."""
         if node not in self.known:
-            (group,) = (group for group in self.groups if node in group)
-            found = kronecker_factors(self.gm, self.ctx, [self.twin[member] for member in group])
+            number, group = next((number, group) for number, group in self.groups.items() if node in group)
+            with self.ctx.memo.apart():  # whichever of the group is asked for first
+                found = kronecker_factors(self.gm, self.ctx, [self.twin[member] for member in group], f"factors, part {number}")
             self.known.update((member, found[self.twin[member]]) for member in group)
-            self.groups.remove(group)
+            del self.groups[number]
             if not self.groups:
                 self.gm, self.twin = GraphModule(torch.nn.Module(), Graph()), {}
         return self.known.pop(node)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, TypeVar
 
 import torch
@@ -174,8 +175,9 @@ def _descend(
     held: Sequence[T],
     doing: str,
 ) -> None:
-    steps = ctx.track(range(1, recipe.steps + 1), doing)
-    descend(parameters, loss, samples, held, rate=recipe.rate, steps=steps, count=recipe.steps)
+    learned, steps = list(parameters), partial(ctx.memo.steps, ctx, range(recipe.steps), doing)
+    descent = partial(descend, learned, loss, samples, held, rate=recipe.rate, steps=steps, count=recipe.steps)
+    ctx.memo.filled(doing, learned, descent)
 
 
 @dataclass(frozen=True)

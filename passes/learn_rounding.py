@@ -19,7 +19,8 @@ from passes.base import Context, Effect, Pass
 from passes.codes import Codes
 from passes.descent import rate_at, shuffled, some_rows
 from passes.divergence import of_outputs, teacher
-from passes.evidence import gather
+from passes.evidence import rounded
+from passes.loops import State
 from passes.sweep import Sweep, room_of
 
 ROOM = 2**28  # bytes of activations of a step that are held at a time of any model
@@ -100,7 +101,7 @@ class LearnRounding(Pass):
         linears = [layer for layer in pending if layer.kind == "Linear"]
         if linears:
             learned = list(self._begun(gm, ctx, linears))
-            self._descend(gm, ctx, learned)
+            ctx.memo.filled("codes and scales", _learned(learned), lambda: self._descend(gm, ctx, learned))
             for codes in learned:
                 set_codes(gm, codes.layer, codes.encoding, *codes.result())
         for layer in pending:  # last: the model that is learned from is the one that was given
@@ -111,17 +112,17 @@ class LearnRounding(Pass):
     def _begun(self, gm: GraphModule, ctx: Context, linears: Sequence[Layer]) -> Iterator[Codes]:
         """The codes to start from."""
         rounding = METHODS[self.start]()
-        for layer, evidence, W in gather(gm, ctx, {layer.node: layer for layer in linears}, rounding, propagation=0.0):
-            yield Codes(gm, layer, *rounding.round_weight(W, layer.mark.weight, evidence))
+        for layer, codes, qparams in rounded(gm, ctx, {layer.node: layer for layer in linears}, rounding, propagation=0.0):
+            yield Codes(gm, layer, codes, qparams)
 
     def _descend(self, gm: GraphModule, ctx: Context, learned: Sequence[Codes]) -> None:
         exact_outputs = teacher(_exact(gm, ctx), self.labels)
         sweep = Sweep(gm, {}, {codes.layer.node: codes.linear for codes in learned}, room_of(gm, ROOM, SHARE))
         optimizer = torch.optim.Adam([codes.log_scale for codes in learned], betas=(0.9, 0.95))
-        samples = shuffled(list(ctx.calibration), self.seed)
-        for step in ctx.track(range(self.steps), "learn rounding"):
-            batch, generator = next(samples)
-            rows = some_rows(batch, self.rows, generator)
+        samples = (some_rows(batch, self.rows, generator) for batch, generator in shuffled(list(ctx.calibration), self.seed))
+        state = State(_learned(learned), optimizer, samples=samples)
+        for step in ctx.memo.steps(ctx, range(self.steps), "learn rounding", state):
+            rows = next(samples)
             for codes in learned:
                 codes.rate = self.rate * (1 - step / self.steps)
             optimizer.param_groups[0]["lr"] = self.scale_rate * rate_at(step, self.steps)
@@ -135,6 +136,11 @@ def _slope(outputs: Mapping[Node, str], exact: dict[Node, Tensor], node: Node, v
     value.requires_grad_()
     (found,) = torch.autograd.grad(of_outputs({node: value}, {node: exact.pop(node)}, {node: outputs[node]}), value)
     return found
+
+
+def _learned(codes: Sequence[Codes]) -> list[Tensor]:
+    """What is learned of weights."""
+    return [tensor for own in codes for tensor in (own.offset, own.log_scale)]
 
 
 def _exact(gm: GraphModule, ctx: Context) -> GraphModule:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from ir import evaluate
 from passes.base import Context
 from passes.descent import shuffled, some_rows
 from passes.divergence import of_outputs, own_outputs
+from passes.loops import State
 from passes.masks import MaskGenerator, distance_to, gate, hard
+from passes.packed import like
 
 Gated = Callable[[Sequence[Tensor]], Mapping[Node, Callable[..., Any]]]  # from gates, what to call in place of calls
 
@@ -50,16 +53,22 @@ class MaskLearning:
             share: of all weights, that open gates may take.
             gated: what gates do to the model.
         """
+        form = like([torch.empty(size, device="meta") for size in sizes])
+        return ctx.memo.kept("logits", partial(self._learned, gm, ctx, sizes, weights, share, gated), form)
+
+    def _learned(
+        self, gm: GraphModule, ctx: Context, sizes: Sequence[int], weights: Sequence[int], share: float, gated: Gated
+    ) -> list[Tensor]:
         outputs = own_outputs(gm)
         nodes = evaluate.calls_for(gm, outputs)
         total = float(sum(map(int.__mul__, sizes, weights)))
         drawn = torch.Generator().manual_seed(self.seed)
         masks = MaskGenerator(sizes, drawn)
         optimizer = torch.optim.AdamW(masks.parameters(), lr=self.rate, weight_decay=0.05)
-        samples = shuffled(list(ctx.calibration), self.seed)
-        for _ in ctx.track(range(self.steps), "learn masks"):
-            batch, generator = next(samples)
-            given = evaluate.bind(gm, some_rows(batch, self.rows, generator))
+        samples = (some_rows(batch, self.rows, generator) for batch, generator in shuffled(list(ctx.calibration), self.seed))
+        state = State(list(masks.parameters()), optimizer, [drawn], samples)
+        for _ in ctx.memo.steps(ctx, range(self.steps), "learn masks", state):
+            given = evaluate.bind(gm, next(samples))
             gates = [gate(logits, drawn) for logits in masks()]
             spent = torch.stack([hard(own).sum() * count for own, count in zip(gates, weights, strict=True)]).sum() / total
             found = evaluate.evaluate(gm, nodes, given, list(outputs), instead=gated(gates), grad=True)

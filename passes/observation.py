@@ -13,6 +13,7 @@ from ir.sites import readers
 from ir.statistics import Statistics
 from passes.base import Context
 from passes.calibration import take_rows, tokens_in
+from passes.packed import STATISTICS
 
 TOKENS = 16384  # that tell mean squares well enough
 
@@ -56,9 +57,13 @@ def sampled(ctx: Context, tokens: int) -> Context:
 def observed(gm: GraphModule, ctx: Context, *, gram: bool = False, sketch: bool = True) -> Statistics:
     """Statistics of the inputs of all linears over the calibration data, by the path of the first layer that reads each tensor."""
     sources = {source: found[0].path for source, found in readers(gm).items()}
-    statistics = Statistics()
-    watch(gm, ctx, sources, lambda node, value: statistics.observe(sources[node], value, gram=gram, sketch=sketch), "observe")
-    return statistics
+
+    def measured() -> Statistics:
+        statistics = Statistics()
+        watch(gm, ctx, sources, lambda node, value: statistics.observe(sources[node], value, gram=gram, sketch=sketch), "observe")
+        return statistics
+
+    return ctx.memo.kept("statistics", measured, STATISTICS)
 
 
 def mean_squares(gm: GraphModule, ctx: Context, sources: Collection[Node]) -> dict[Node, Tensor]:

@@ -86,7 +86,8 @@ class Pipeline(Pass):
         for index, step in enumerate(self.passes):
             ctx.progress.say(f"[{index + 1}/{len(self.passes)}] {step}")
             try:
-                record, before = _run_one(step, gm, ctx, before)
+                with ctx.memo.during(step, gm, ctx):
+                    record, before = _run_one(step, gm, ctx, before)
             except Exception as error:
                 raise _failure(step, records, error) from error
             records.append(record)

@@ -1,25 +1,26 @@
 """`Prefix`: the inputs of layers, block after block, from a prefix of the graph that changes on the way; and from the model as it was."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ir import edit, evaluate, numerics
+from ir import edit
 from ir.blocks import Block, blocks
 from ir.encoding import Encoding
 from ir.errors import DataError
 from ir.sites import Layer, before_rounding
 from passes.base import Context
-from passes.calibration import tokens_in
+from passes.memo import Tensors
+from passes.stream import Stream
+from passes.walk import Walk
 
-Values = dict[Node, Any]
 Weights = Mapping[Node, Sequence[Tensor]]
-Roundings = Mapping[Node, Collection[Encoding]]
 
 
 @dataclass(frozen=True)
@@ -43,22 +44,11 @@ class Inputs:
     noise: dict[Encoding, Tensor] = field(default_factory=dict)
 
 
-@dataclass
-class _Stream:
-    """One graph run block by block: what enters the next block, for each batch."""
+class Source(NamedTuple):
+    """Layers that read one tensor, and how to get their inputs; the graph is run only if these are asked for."""
 
-    gm: GraphModule
-    outside: list[Node]
-    entering: list[Values] = field(default_factory=list)
-
-    def values(self, block: Block, index: int, batch: Sequence[Tensor], keep: Sequence[Node]) -> Values:
-        """The values of `keep`, nodes of the block, for one batch."""
-        given = evaluate.bind(self.gm, batch) | self.entering[index]
-        needed = evaluate.ancestors(keep, stop=given)
-        known = [node for node in (*self.outside, *block.nodes) if node in needed]
-        # Since the graph was cut, weights have been rounded: what makes floats of their codes runs first.
-        weights = [node for node in needed.difference(known) if node.op == "call_function"]
-        return evaluate.evaluate(self.gm, [*weights, *known], given, keep)
+    layers: list[Layer]
+    inputs: Callable[[], Inputs]
 
 
 class Prefix:
@@ -80,26 +70,30 @@ class Prefix:
     ) -> None:
         self.gm, self.ctx, self.pending, self.weights = gm, ctx, pending, weights
         outside, self.cut = blocks(gm)
-        self.now = _Stream(gm, outside, [{} for _ in ctx.calibration])
-        self.was: _Stream | None = None
+        self.now = Stream(gm, outside, [{} for _ in ctx.calibration])
+        self.was: Stream | None = None
         self.done: set[Node] = set()
         if exact:
             copy, self.twin = exact_copy(gm)
-            self.was = _Stream(copy, [self.twin[node] for node in outside], [{} for _ in ctx.calibration])
+            self.was = Stream(copy, [self.twin[node] for node in outside], [{} for _ in ctx.calibration])
             self.done.update(self.was.outside)
 
     def inputs(self, doing: str) -> Iterator[Inputs]:
         """The inputs of all pending layers, tensor by tensor."""
-        for block in self.ctx.track(self.cut, doing):
+        return (source.inputs() for source in self.sources(doing))
+
+    def sources(self, doing: str) -> Iterator[Source]:
+        """All pending layers, tensor by tensor. What was rounded before needs no inputs: blocks are run when later ones need them."""
+        walk = Walk(self.ctx.memo.latest(f"{doing}, the stream"), self._advance, self._stored, self._restore)
+        for number, block in enumerate(self.ctx.track(self.cut, doing)):
             for source in dict.fromkeys(node.args[0] for node in block.nodes if node in self.pending):
                 assert isinstance(source, Node)
-                yield self._inputs(block, source)
-            if block is not self.cut[-1]:
-                self._advance(block)
+                layers = [self.pending[node] for node in block.nodes if node in self.pending and node.args[0] is source]
+                yield Source(layers, partial(self._inputs, walk, number, source, layers))
 
-    def _inputs(self, block: Block, source: Node) -> Inputs:
-        size = edit.value(source).shape[-1]
-        layers = [self.pending[node] for node in block.nodes if node in self.pending and node.args[0] is source]
+    def _inputs(self, walk: Walk, number: int, source: Node, layers: list[Layer]) -> Inputs:
+        walk.reach(number)
+        block, size = self.cut[number], edit.value(source).shape[-1]
         wanted = {layer.node: self.weights[layer.node] for layer in layers if layer.node in self.weights}
         grams = {node: torch.zeros(weights[0].shape[1], size, size) for node, weights in wanted.items()}
         gram, cross, total = torch.zeros(size, size), torch.zeros(size, size) if self.was else None, torch.zeros(size)
@@ -117,16 +111,29 @@ class Prefix:
                 cross.addmm_(self.was.values(self._twin(block), index, batch, [exact])[exact].flatten(0, -2).float().T, x)
         n = max(count, 1)
         of_groups = {node: found / n for node, found in grams.items()}
-        return Inputs(layers, _finite(gram, source) / n, None if cross is None else cross / n, of_groups, total / n)
+        return Inputs(layers, finite(gram, source) / n, None if cross is None else cross / n, of_groups, total / n)
 
-    def _advance(self, block: Block) -> None:
-        """Let both streams enter the next block."""
-        for stream, own in ((self.now, block), (self.was, self._twin(block) if self.was else block)):
-            if stream is not None:
-                batches = enumerate(self.ctx.calibration)
-                stream.entering = [stream.values(own, index, batch, own.exit) for index, batch in batches]
+    def _advance(self, number: int) -> None:
+        """Let both streams enter the block after that of this number."""
+        self.now.enter(self.cut[number], self.ctx.calibration)
         if self.was is not None:
-            self._release(self.was.gm, self._twin(block))
+            self.was.enter(self._twin(self.cut[number]), self.ctx.calibration)
+            self._release(self.was.gm, self._twin(self.cut[number]))
+
+    def _stored(self) -> Tensors | None:
+        """Both streams."""
+        parts = [stream.stored(name) for name, stream in (("now", self.now), ("was", self.was)) if stream is not None]
+        return {name: value for part in parts for name, value in (part or {}).items()} if all(part is not None for part in parts) else None
+
+    def _restore(self, held: Tensors, number: int) -> None:
+        """Let both streams enter the block of this number, as they were kept."""
+        leaving = self.cut[number - 1]
+        now = self.now.restored(held, "now", leaving.exit)
+        if self.was is not None:
+            self.was.entering = self.was.restored(held, "was", self._twin(leaving).exit)
+            for block in self.cut[:number]:
+                self._release(self.was.gm, self._twin(block))
+        self.now.entering = now
 
     def _release(self, copy: GraphModule, block: Block) -> None:
         """Drop the tensors of the model as it was that no later block reads."""
@@ -140,49 +147,12 @@ class Prefix:
         return Block(*(tuple(self.twin[node] for node in part) for part in (block.nodes, block.entry, block.exit)))
 
 
-def still_inputs(
-    gm: GraphModule, ctx: Context, pending: dict[Node, Layer], doing: str, roundings: Roundings = MappingProxyType({})
-) -> Iterator[Inputs]:
-    """The inputs of all pending layers of a graph that does not change meanwhile, tensor by tensor: every block runs once.
+def finite(gram: Tensor, source: Node) -> Tensor:
+    """A Gram matrix.
 
-    Memory holds the stream of all samples, one block's activations of one batch, and the Gram matrices of one block, of its inputs and of
-    the errors of each of their encodings.
-
-    Args:
-        gm, ctx, pending: as of `Prefix`.
-        doing: what the progress bar says.
-        roundings: encodings of inputs whose errors are wanted, by tensor; static ones are rounded over each batch's own range.
+    Raises:
+        DataError: it is not finite.
     """
-    outside, cut = blocks(gm)
-    stream = _Stream(gm, outside, [{} for _ in ctx.calibration])
-    for block in ctx.track(cut, doing):
-        readers: dict[Node, list[Layer]] = {}
-        for node in block.nodes:
-            if node in pending:
-                readers.setdefault(pending[node].site("input").operand, []).append(pending[node])
-        grams = {source: torch.zeros(2 * (edit.value(source).shape[-1],)) for source in readers}
-        totals = {source: torch.zeros(edit.value(source).shape[-1]) for source in readers}
-        noise = {source: {encoding: torch.zeros_like(grams[source]) for encoding in roundings.get(source, ())} for source in readers}
-        leaving = () if block is cut[-1] else block.exit
-        count = 0
-        for index, batch in enumerate(ctx.calibration):
-            values = stream.values(block, index, batch, [*readers, *leaving])
-            for source, gram in grams.items():
-                x = values[source].flatten(0, -2).float()
-                gram.addmm_(x.T, x)
-                totals[source] += x.sum(0)
-                for encoding, errors in noise[source].items():
-                    e = x - numerics.fake_quantize(values[source], encoding).flatten(0, -2).float()
-                    errors.addmm_(e.T, e)
-            stream.entering[index] = {node: values[node] for node in leaving}
-            count += tokens_in(batch)
-        n = max(count, 1)
-        for source, layers in readers.items():
-            errors_of = {encoding: errors / n for encoding, errors in noise[source].items()}
-            yield Inputs(layers, _finite(grams[source], source) / n, None, {}, totals[source] / n, errors_of)
-
-
-def _finite(gram: Tensor, source: Node) -> Tensor:
     if not torch.isfinite(gram).all():
         raise DataError("the inputs of a layer are not finite on the calibration data", where=edit.module_path(source))
     return gram

@@ -85,6 +85,7 @@ class QuantizeCache(Pass):
     tokens: int = 8192
     seed: int = 0
     effect: ClassVar[Effect] = Effect.CHANGE
+    targeted: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pydantic
 import torch
@@ -15,7 +15,9 @@ from torch.fx import GraphModule
 
 from ir.errors import DataError, OptionError
 from ir.files import read_text
-from passes.base import Pass
+
+if TYPE_CHECKING:
+    from passes.base import Pass
 
 LONGEST = 1 << 20  # bytes of a recipe
 PACKAGES = ("fxpress", "torch", "transformers", "onnx", "onnxruntime-gpu", "onnxruntime")
@@ -62,7 +64,7 @@ class Recipe(pydantic.BaseModel):
         except (yaml.YAMLError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise OptionError(f"not a recipe: {(str(error).splitlines() or [type(error).__name__])[0]}", where=str(path)) from error
 
-    def check_files(self, steps: Iterable[Pass]) -> None:
+    def check_files(self, steps: "Iterable[Pass]") -> None:
         """Refuse passes that read or write files elsewhere: a recipe may come from anybody.
 
         Raises:

@@ -77,11 +77,25 @@ class SampleText(Pass):
         together = max(TOGETHER // length, 1)
         parts = [min(together, count - start) for start in range(0, count, together)]
         steps = ctx.track([(part, at) for part in parts for at in range(length - 1)], "sample text")
-        written = torch.cat([self._write(gm, rows, length, generator, steps) for rows in parts])
+        written = torch.cat([self._written(gm, ctx, rows, length, generator, steps) for rows in parts])
         own = [signature.bind(input_ids=ids) for ids in torch.split(written, size)]
         ctx.calibration = _between(given, own)
         ctx.notes.append(f"sample_text: {count} windows of {length} tokens written by the model are part of the calibration data")
         return count
+
+    def _written(
+        self, gm: GraphModule, ctx: Context, rows: int, length: int, generator: torch.Generator, steps: Iterator[object]
+    ) -> Tensor:
+        """Some windows, as they were kept with what the generator was like after them, or written now."""
+        ids, state = torch.empty(rows, length, dtype=torch.int64), generator.get_state()
+
+        def write() -> None:
+            ids.copy_(self._write(gm, rows, length, generator, steps))
+            state.copy_(generator.get_state())
+
+        ctx.memo.filled("text", [ids, state], write)
+        generator.set_state(state)
+        return ids
 
     def _write(self, gm: GraphModule, rows: int, length: int, generator: torch.Generator, steps: Iterator[object]) -> Tensor:
         """Some windows, int64 `[rows, length]`."""

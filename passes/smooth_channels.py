@@ -1,7 +1,8 @@
 """`smooth_channels`: move the range of activations into weights, channel by channel."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from ir.statistics import TensorStatistics
 from passes import policies
 from passes.base import Context, Effect, Pass
 from passes.observation import observed, tokens_of, watch
+from passes.packed import TABLE
 from passes.policies import Search
 
 PLACES = ("norm", "mlp", "values")
@@ -85,7 +87,9 @@ class SmoothChannels(Pass):
         for plan in ctx.track(plans, "smooth"):
             if self.search:
                 tokens = {source: samples[source] for source in plan.sources}
-                found = searches[plan.read[0][1].path] = self._searched(plan, tokens)
+                path = plan.read[0][1].path
+                errors = ctx.memo.kept(f"errors of {path}", partial(self._errors, plan, tokens), TABLE)
+                found = searches[path] = self._search(partial(_looked_up, errors))
                 s = plan.scales(found.taken.alpha, found.taken.q, tokens)
             else:
                 seen = {source: statistics[paths[source]] for source in plan.sources}
@@ -110,8 +114,12 @@ class SmoothChannels(Pass):
                 plans.append(_Plan(gm, group, read))
         return plans
 
-    def _searched(self, plan: "_Plan", tokens: Mapping[Node, Tensor]) -> Search:
-        """The policy with the least error of the readers' outputs: scales of one half of the tokens, the error on the other."""
+    def _search(self, error: Callable[[smoothing.Policy], float]) -> Search:
+        """The policy with the least error."""
+        return policies.among(AWQ, error) if self.mean else policies.crossed(smoothing.N1, smoothing.N2, error)
+
+    def _errors(self, plan: "_Plan", tokens: Mapping[Node, Tensor]) -> dict[tuple[str, str], float]:
+        """The errors of the readers' outputs that the search comes across: scales of one half of the tokens, the error on the other."""
         halves = {source: X.tensor_split(2) for source, X in tokens.items()}
         seen, held = ({source: half[side] for source, half in halves.items()} for side in (0, 1))
         bits_w, bits_x = plan.bits("weight"), plan.bits("input")
@@ -125,7 +133,15 @@ class SmoothChannels(Pass):
             ]
             return float(sum(errors))
 
-        return policies.among(AWQ, error) if self.mean else policies.crossed(smoothing.N1, smoothing.N2, error)
+        return {_name(policy): found for policy, found in self._search(error).errors.items()}
+
+
+def _looked_up(errors: Mapping[tuple[str, str], float], policy: smoothing.Policy) -> float:
+    return errors[_name(policy)]
+
+
+def _name(policy: smoothing.Policy) -> tuple[str, str]:
+    return str(policy.alpha), str(policy.q)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from passes.calibration import take_rows, tokens_in
 from passes.divergence import of_outputs, own_outputs
 from passes.fit import Fit
 from passes.forms import WHOLE, Cuts, Form
-from passes.prefix import still_inputs
+from passes.packed import numbers
+from passes.still import still_inputs
 
 Variant = Mapping[Layer, Form]  # the linears that are changed, and into what
 Values = dict[Node, Any]
@@ -53,6 +54,9 @@ class Trial:
 
     def divergences(self, variants: Sequence[Variant]) -> list[float]:
         """`KL(model ‖ variant)` of every variant, nats a token; of outputs that are no logits the relative squared error."""
+        return self.ctx.memo.kept("divergences", partial(self._divergences, variants), numbers(len(variants)))
+
+    def _divergences(self, variants: Sequence[Variant]) -> list[float]:
         self._round(dict.fromkeys(item for forms in variants for item in forms.items()))
         totals, tokens = [0.0] * len(variants), 0
         for batch in self.ctx.track(self.held, "measure"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -93,9 +94,10 @@ class Tune(Pass):
         if "scales" in self.parts:
             parameters += [own.log_scale for own in weights.values()]
         parameters += [own.shift for own in weights.values() if own.shift is not None]
+        steps = partial(ctx.memo.steps, ctx, range(self.steps), "tune")
+        descent = partial(descend, parameters, loss, samples, held, rate=self.rate, steps=steps, count=self.steps)
         with torch.enable_grad():
-            steps = ctx.track(range(1, self.steps + 1), "tune")
-            descend(parameters, loss, samples, held, rate=self.rate, steps=steps, count=self.steps)
+            ctx.memo.filled("trained", parameters, descent)
         trained: list[TrainedWeight | TrainedGain] = [*weights.values(), *gains]
         for own in trained:
             own.store()

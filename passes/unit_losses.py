@@ -13,6 +13,7 @@ from passes.base import Context
 from passes.divergence import of_outputs, own_outputs
 from passes.kinds import Units
 from passes.observation import sampled
+from passes.packed import like
 
 
 def losses(gm: GraphModule, ctx: Context, units: Sequence[Units], tokens: int) -> list[Tensor]:
@@ -21,6 +22,11 @@ def losses(gm: GraphModule, ctx: Context, units: Sequence[Units], tokens: int) -
     Args:
         tokens: of the calibration data; one run over them for every unit, so that time grows with the square of the layers.
     """
+    form = like([torch.empty(1, device="meta")] * len(units))
+    return ctx.memo.kept("losses", partial(_losses, gm, ctx, units, tokens), form)
+
+
+def _losses(gm: GraphModule, ctx: Context, units: Sequence[Units], tokens: int) -> list[Tensor]:
     outputs = own_outputs(gm)
     nodes = evaluate.calls_for(gm, outputs)
     batches = sampled(ctx, tokens).calibration

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -110,8 +111,10 @@ def _felt(gm: GraphModule, ctx: Context, units: Sequence[Units], tokens: int, se
         for index, channels in at[node]:
             sums[index] += of(summed(product, channels, units[index].size)).sum(0)
 
-    seen = take_gradients(gm, ctx, at, add, tokens, seed)
-    return [(total / max(seen, 1)).float() for total in sums]
+    seen = torch.zeros((), dtype=torch.int64)
+    run = partial(take_gradients, gm, ctx, at, add, tokens, seed)
+    ctx.memo.filled("scores", [*sums, seen], lambda: seen.fill_(run()))
+    return [(total / max(int(seen), 1)).float() for total in sums]
 
 
 CRITERIA: dict[str, Criterion] = {

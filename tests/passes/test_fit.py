@@ -5,7 +5,7 @@ from ir.encoding import Encoding
 from ir.rounding import Nearest
 from ir.sites import layers
 from passes.fit import Fit, squares
-from passes.prefix import still_inputs
+from passes.still import still_inputs
 from tests.families import load
 from tests.passes.samples import CALIBRATION, context, run
 

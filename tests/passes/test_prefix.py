@@ -4,7 +4,8 @@ import torch
 from ir import edit, evaluate, numerics
 from ir.encoding import Encoding
 from ir.sites import layers
-from passes.prefix import Prefix, still_inputs
+from passes.prefix import Prefix
+from passes.still import still_inputs
 from tests.families import load
 from tests.passes.samples import CALIBRATION, run
 

@@ -1,0 +1,62 @@
+"""`Stream`: one graph run block by block, with what enters the next block for every batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ir import edit, evaluate
+from ir.blocks import Block
+from ir.errors import DataError
+from passes.memo import Tensors
+
+Values = dict[Node, Any]
+
+
+@dataclass
+class Stream:
+    """A graph, its nodes outside of the residual stream, and what enters the next block, for each batch."""
+
+    gm: GraphModule
+    outside: list[Node]
+    entering: list[Values] = field(default_factory=list)
+
+    def values(self, block: Block, index: int, batch: Sequence[Tensor], keep: Sequence[Node]) -> Values:
+        """The values of `keep`, nodes of the block, for one batch."""
+        given = evaluate.bind(self.gm, batch) | self.entering[index]
+        needed = evaluate.ancestors(keep, stop=given)
+        known = [node for node in (*self.outside, *block.nodes) if node in needed]
+        # Since the graph was cut, weights have been rounded: what makes floats of their codes runs first.
+        weights = [node for node in needed.difference(known) if node.op == "call_function"]
+        return evaluate.evaluate(self.gm, [*weights, *known], given, keep)
+
+    def enter(self, block: Block, calibration: Sequence[Sequence[Tensor]]) -> None:
+        """Run a block, and let what leaves it enter the next one: in one order in memory, as it is when it was kept on disk."""
+        found = (self.values(block, index, batch, block.exit) for index, batch in enumerate(calibration))
+        self.entering = [{node: contiguous(value) for node, value in values.items()} for values in found]
+
+    def stored(self, name: str) -> Tensors | None:
+        """All that enters the next block, by names that begin with one; None if not all of it are tensors."""
+        found = {
+            f"{name}.{index}.{place}": value for index, values in enumerate(self.entering) for place, value in enumerate(values.values())
+        }
+        return found if all(isinstance(value, Tensor) for value in found.values()) else None
+
+    def restored(self, held: Tensors, name: str, nodes: Sequence[Node]) -> list[Values]:
+        """What `stored` gave, as the values of `nodes`.
+
+        Raises:
+            DataError: tensors of another kind.
+        """
+        found = [{node: held[f"{name}.{index}.{place}"] for place, node in enumerate(nodes)} for index in range(len(self.entering))]
+        for node, value in (pair for values in found for pair in values.items()):
+            if value.dtype != edit.value(node).dtype or value.ndim != edit.value(node).ndim:
+                raise DataError("the stream is of another kind", where=edit.module_path(node))
+        return found
+
+
+def contiguous(value: Any) -> Any:
+    """A tensor in one order in memory; anything else as it is."""
+    return value.contiguous() if isinstance(value, Tensor) else value

@@ -13,3 +13,9 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     below = logits.softmax(-1).cumsum(-1)
     at = torch.rand(len(logits), 1, generator=generator) * below[:, -1:]
     return torch.searchsorted(below, at, right=True).clamp_max(logits.shape[-1] - 1)
+
+
+def generators(seed: int, count: int) -> list[torch.Generator]:
+    """A generator for each of `count` batches, so that what one draws does not depend on who runs the others."""
+    seeds = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [torch.Generator().manual_seed(own) for own in seeds]

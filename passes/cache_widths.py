@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -11,7 +12,7 @@ from ir.cache_code import CacheCode, compute
 from ir.errors import OptionError
 from ir.knapsack import Option
 from passes.base import Context
-from passes.gradients import take_gradients
+from passes.gradients import total_gradients
 from passes.units import NATS
 
 Codes = Sequence[CacheCode | None]  # what a site may become; None stays in floating point
@@ -83,16 +84,18 @@ def predicted(gm: GraphModule, ctx: Context, options: Mapping[CacheSite, Codes],
     The diagonal of the Fisher information, as of `output_sensitivity`. Gradients and errors are paired token by token, so that tokens which
     all others attend to count as they do.
     """
-    sums = {site: [0.0] * len(codes) for site, codes in options.items()}
-    site_of = {site.new: site for site in options}
+    at = {site.new: (place, codes) for place, (site, codes) in enumerate(options.items())}
 
-    def take(node: Node, x: Tensor, gradient: Tensor) -> None:
-        site = site_of[node]
+    def zeros() -> list[Tensor]:
+        return [torch.zeros(len(codes), dtype=torch.float64) for codes in options.values()]
+
+    def take(sums: Sequence[Tensor], node: Node, x: Tensor, gradient: Tensor) -> None:
+        place, codes = at[node]
         weights = gradient.double().square()
-        for index, code in enumerate(options[site]):
+        for index, code in enumerate(codes):
             if code is not None:
                 errors = (x - code.decode(code.encode(x, compute), x.dtype, compute)).double()
-                sums[site][index] += float((weights * errors.square()).sum())
+                sums[place][index] += (weights * errors.square()).sum()
 
-    seen = take_gradients(gm, ctx, list(site_of), take, tokens, seed)
-    return {site: [0.5 * total / max(seen, 1) for total in totals] for site, totals in sums.items()}
+    sums, seen = total_gradients(gm, ctx, list(at), zeros, take, tokens, seed)
+    return {site: [0.5 * found / max(seen, 1) for found in totals.tolist()] for site, totals in zip(options, sums, strict=True)}

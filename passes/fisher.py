@@ -4,8 +4,8 @@ Gradients are of the log likelihood of a sample of the model's own predictions, 
 model); activations are not rounded.
 """
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,17 +13,20 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ir import evaluate
+from ir import edit, evaluate
 from ir.rounding import row_groups
+from ir.sampling import generators
 from passes.base import Context
 from passes.gradients import backward
 from passes.prefix import exact_copy
 
-Take = Callable[[Node, Tensor, Tensor], None]
+Take = Callable[[int, Sequence[Tensor], Node, Tensor, Tensor], None]
 
 
 def token_weights(gm: GraphModule, ctx: Context, nodes: Collection[Node], groups: int) -> dict[Node, list[Tensor]]:
     """The mean squared gradient of the loss at each group of outputs, for each batch `[tokens, groups]` (GuidedQuant, 2505.07004).
+
+    Batches of other processes have no tokens here.
 
     Memory: `4 groups` bytes for each token and linear, beside the activations of one batch.
 
@@ -31,13 +34,14 @@ def token_weights(gm: GraphModule, ctx: Context, nodes: Collection[Node], groups
         nodes: linears.
         groups: of outputs, as `row_groups` makes them.
     """
-    found: dict[Node, list[Tensor]] = {node: [] for node in nodes}
+    count = len(ctx.calibration)
+    found = {node: [torch.empty(0, len(row_groups(edit.value(node).shape[-1], groups))) for _ in range(count)] for node in nodes}
 
-    def take(node: Node, x: Tensor, g: Tensor) -> None:
+    def take(index: int, _: Sequence[Tensor], node: Node, x: Tensor, g: Tensor) -> None:
         squares = g.flatten(0, -2).float().square()
-        found[node].append(torch.stack([squares[:, part].mean(1) for part in row_groups(squares.shape[1], groups)], 1))
+        found[node][index] = torch.stack([squares[:, part].mean(1) for part in row_groups(squares.shape[1], groups)], 1)
 
-    _run(gm, ctx, nodes, take)
+    _run(gm, ctx, nodes, list, take)
     return found
 
 
@@ -47,7 +51,7 @@ class Kronecker:
 
     outer: Tensor
     inner: Tensor
-    tokens: int = 0
+    tokens: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
 
     def take(self, x: Tensor, g: Tensor) -> None:
         """Take in a linear's inputs `[..., K]` and the gradients of its outputs `[..., N]`."""
@@ -58,7 +62,7 @@ class Kronecker:
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """`H_out = E[GGᵀ]` and `H_in = E[GᵀG] / E‖G‖²`, so that `½ tr(H_out ΔW H_in ΔWᵀ)` are nats a token."""
-        return self.outer / max(self.tokens, 1), self.inner / self.inner.trace().clamp_min(torch.finfo(torch.float32).tiny)
+        return self.outer / max(int(self.tokens), 1), self.inner / self.inner.trace().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def kronecker_factors(gm: GraphModule, ctx: Context, nodes: Collection[Node]) -> dict[Node, tuple[Tensor, Tensor]]:
@@ -68,31 +72,39 @@ def kronecker_factors(gm: GraphModule, ctx: Context, nodes: Collection[Node]) ->
     more than they add on average, and few sequences are seen. So a divergence comes out too low, and its shape right. Memory: `N² + K²`
     floats a linear, beside one batch's activations.
     """
-    sums: dict[Node, Kronecker] = {}
+    sizes = {node: (edit.value(node).shape[-1], edit.value(node.args[0]).shape[-1]) for node in nodes}  # type: ignore[arg-type]
 
-    def take(node: Node, x: Tensor, g: Tensor) -> None:
-        N, K = g.shape[-1], x.shape[-1]
-        sums.setdefault(node, Kronecker(torch.zeros(N, N), torch.zeros(K, K))).take(x.float(), g.float())
+    def zeros() -> list[Tensor]:
+        made = [Kronecker(torch.zeros(N, N), torch.zeros(K, K)) for N, K in sizes.values()]
+        return [part for own in made for part in (own.outer, own.inner, own.tokens)]
 
-    _run(gm, ctx, nodes, take)
-    return {node: sums[node].factors() for node in nodes}
+    def by_node(sums: Sequence[Tensor]) -> dict[Node, Kronecker]:
+        return {node: Kronecker(*sums[3 * place : 3 * place + 3]) for place, node in enumerate(sizes)}
+
+    def take(_: int, sums: Sequence[Tensor], node: Node, x: Tensor, g: Tensor) -> None:
+        by_node(sums)[node].take(x.float(), g.float())
+
+    return {node: own.factors() for node, own in by_node(_run(gm, ctx, nodes, zeros, take)).items()}
 
 
-def _run(gm: GraphModule, ctx: Context, nodes: Collection[Node], take: Take) -> None:
-    """Call `take` with every linear of `nodes`, its input and the gradient of its output, batch by batch."""
+def _run(gm: GraphModule, ctx: Context, nodes: Collection[Node], zeros: Callable[[], Sequence[Tensor]], take: Take) -> list[Tensor]:
+    """Call `take` with the number of a batch, sums, and every linear of `nodes` with its input and the gradient of its output there."""
     exact, twin = exact_copy(gm)
     wanted = {twin[node]: node for node in nodes}
-    generator = torch.Generator().manual_seed(ctx.seed)
-    for batch in ctx.track(ctx.calibration, "gradients"):
-        read = evaluate.bind(exact, batch)
-        sources = {node.args[0] for node in wanted}
+    sources = {node.args[0] for node in wanted}
+    drawn = generators(ctx.seed, len(ctx.calibration))
 
-        def watch(node: Node, value: Any, read: evaluate.Environment = read, sources: Collection[Any] = sources) -> None:
+    def one(index: int, batch: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
+        read = evaluate.bind(exact, batch)
+
+        def watch(node: Node, value: Any) -> None:
             if node in wanted:
                 if not value.requires_grad:
                     value.requires_grad_()
-                value.register_hook(partial(take, wanted[node], read[node.args[0]]))  # type: ignore[index]
+                value.register_hook(partial(take, index, sums, wanted[node], read[node.args[0]]))  # type: ignore[index]
             if node in sources:
                 read[node] = value.detach()
 
-        backward(exact, batch, watch, generator)
+        backward(exact, batch, watch, drawn[index])
+
+    return ctx.total(zeros, one, "gradients")

@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ir import edit, evaluate
-from ir.sampling import draw
+from ir.sampling import draw, generators
 from passes.base import Context
 from passes.calibration import tokens_in
 from passes.descent import some_rows
 from passes.divergence import own_outputs
 from passes.prefix import exact_copy
 
-Take = Callable[[Node, Tensor, Tensor], None]
+Take = Callable[[Sequence[Tensor], Node, Tensor, Tensor], None]
 
 
 def output_sensitivity(gm: GraphModule, ctx: Context, nodes: Collection[Node], tokens: int, seed: int = 0) -> dict[Node, Tensor]:
@@ -31,41 +31,52 @@ def output_sensitivity(gm: GraphModule, ctx: Context, nodes: Collection[Node], t
         tokens: of the calibration data, spread over all batches.
         seed: of what is drawn.
     """
-    sums = {node: torch.zeros(edit.value(node).shape[-1], dtype=torch.float64) for node in nodes}
+    at = {node: place for place, node in enumerate(nodes)}
 
-    def add(node: Node, _: Tensor, gradient: Tensor) -> None:
-        sums[node] += gradient.flatten(0, -2).double().square().sum(0)
+    def zeros() -> list[Tensor]:
+        return [torch.zeros(edit.value(node).shape[-1], dtype=torch.float64) for node in at]
 
-    seen = take_gradients(gm, ctx, nodes, add, tokens, seed)
-    return {node: (total / max(seen, 1)).float() for node, total in sums.items()}
+    def add(sums: Sequence[Tensor], node: Node, _: Tensor, gradient: Tensor) -> None:
+        sums[at[node]].add_(gradient.flatten(0, -2).double().square().sum(0))
+
+    sums, seen = total_gradients(gm, ctx, nodes, zeros, add, tokens, seed)
+    return {node: (total / max(seen, 1)).float() for node, total in zip(at, sums, strict=True)}
 
 
-def take_gradients(gm: GraphModule, ctx: Context, nodes: Collection[Node], take: Take, tokens: int, seed: int = 0) -> int:
-    """Give `take` each of `nodes`, its value and the gradient there of a sampled log likelihood, batch by batch; returns the tokens seen.
+def total_gradients(
+    gm: GraphModule, ctx: Context, nodes: Collection[Node], zeros: Callable[[], Sequence[Tensor]], take: Take, tokens: int, seed: int = 0
+) -> tuple[list[Tensor], int]:
+    """Sums over batches of what each of `nodes`, its value and the gradient there of a sampled log likelihood say; and the tokens seen.
 
     Gradients are those of the graph with activations in floating point, rounded already or not.
 
     Args:
         nodes: calls.
+        zeros: makes the sums of nothing.
+        take: adds what a node, its value and its gradient on a batch have to sums.
         tokens: of the calibration data, spread over all batches.
         seed: of what is drawn.
     """
     exact, twin = exact_copy(gm)
-    wanted, seen = {twin[node]: node for node in nodes}, 0
-    generator = torch.Generator().manual_seed(seed)
+    wanted = {twin[node]: node for node in nodes}
+    drawn = generators(seed, len(ctx.calibration))
     share = -(-tokens // len(ctx.calibration))
 
-    def watch(node: Node, value: Any) -> None:
-        if node in wanted:
-            if not value.requires_grad:
-                value.requires_grad_()
-            value.register_hook(partial(take, wanted[node], value.detach()))
+    def one(index: int, batch: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
+        *own, seen = sums
 
-    for batch in ctx.track(ctx.calibration, "gradients"):
-        rows = some_rows(batch, -(-share * len(batch[0]) // tokens_in(batch)), generator)
-        backward(exact, rows, watch, generator)
+        def watch(node: Node, value: Any) -> None:
+            if node in wanted:
+                if not value.requires_grad:
+                    value.requires_grad_()
+                value.register_hook(partial(take, own, wanted[node], value.detach()))
+
+        rows = some_rows(batch, -(-share * len(batch[0]) // tokens_in(batch)), drawn[index])
+        backward(exact, rows, watch, drawn[index])
         seen += tokens_in(rows)
-    return seen
+
+    *sums, seen = ctx.total(lambda: [*zeros(), torch.zeros((), dtype=torch.int64)], one, "gradients")
+    return sums, int(seen)
 
 
 def backward(gm: GraphModule, batch: Sequence[Tensor], watch: evaluate.Tap, generator: torch.Generator) -> None:

@@ -101,30 +101,36 @@ class Prefix:
         size = edit.value(source).shape[-1]
         layers = [self.pending[node] for node in block.nodes if node in self.pending and node.args[0] is source]
         wanted = {layer.node: self.weights[layer.node] for layer in layers if layer.node in self.weights}
-        grams = {node: torch.zeros(weights[0].shape[1], size, size) for node, weights in wanted.items()}
-        gram, cross, total = torch.zeros(size, size), torch.zeros(size, size) if self.was else None, torch.zeros(size)
-        count = 0
-        for index, batch in enumerate(self.ctx.calibration):
+        exact = self.twin[before_rounding(source)] if self.was is not None else None
+
+        def zeros() -> list[Tensor]:
+            cross = torch.zeros(size, size) if exact is not None else torch.zeros(0)
+            of_groups = [torch.zeros(weights[0].shape[1], size, size) for weights in wanted.values()]
+            return [torch.zeros((), dtype=torch.int64), torch.zeros(size), torch.zeros(size, size), cross, *of_groups]
+
+        def take(index: int, batch: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
+            count, total, gram, cross, *of_groups = sums
             x = self.now.values(block, index, batch, [source])[source].flatten(0, -2).float()
             gram.addmm_(x.T, x)
             total += x.sum(0)
             count += len(x)
-            for node, weights in wanted.items():
-                for of_group, w in zip(grams[node], weights[index].T, strict=True):
+            for of_layer, weights in zip(of_groups, wanted.values(), strict=True):
+                for of_group, w in zip(of_layer, weights[index].T, strict=True):
                     of_group.addmm_((x * w[:, None]).T, x)
-            if self.was is not None and cross is not None:
-                exact = self.twin[before_rounding(source)]
+            if self.was is not None and exact is not None:
                 cross.addmm_(self.was.values(self._twin(block), index, batch, [exact])[exact].flatten(0, -2).float().T, x)
-        n = max(count, 1)
-        of_groups = {node: found / n for node, found in grams.items()}
-        return Inputs(layers, _finite(gram, source) / n, None if cross is None else cross / n, of_groups, total / n)
+
+        count, total, gram, cross, *of_groups = self.ctx.total(zeros, take)
+        n = max(int(count), 1)
+        grams = {node: found / n for node, found in zip(wanted, of_groups, strict=True)}
+        return Inputs(layers, _finite(gram, source) / n, None if exact is None else cross / n, grams, total / n)
 
     def _advance(self, block: Block) -> None:
-        """Let both streams enter the next block."""
+        """Let both streams enter the next block: what they have of this process's own batches."""
         for stream, own in ((self.now, block), (self.was, self._twin(block) if self.was else block)):
             if stream is not None:
-                batches = enumerate(self.ctx.calibration)
-                stream.entering = [stream.values(own, index, batch, own.exit) for index, batch in batches]
+                for index in self.ctx.ranks.share(len(self.ctx.calibration)):
+                    stream.entering[index] = stream.values(own, index, self.ctx.calibration[index], own.exit)
         if self.was is not None:
             self._release(self.was.gm, self._twin(block))
 
@@ -160,26 +166,40 @@ def still_inputs(
         for node in block.nodes:
             if node in pending:
                 readers.setdefault(pending[node].site("input").operand, []).append(pending[node])
-        grams = {source: torch.zeros(2 * (edit.value(source).shape[-1],)) for source in readers}
-        totals = {source: torch.zeros(edit.value(source).shape[-1]) for source in readers}
-        noise = {source: {encoding: torch.zeros_like(grams[source]) for encoding in roundings.get(source, ())} for source in readers}
         leaving = () if block is cut[-1] else block.exit
-        count = 0
-        for index, batch in enumerate(ctx.calibration):
-            values = stream.values(block, index, batch, [*readers, *leaving])
-            for source, gram in grams.items():
-                x = values[source].flatten(0, -2).float()
-                gram.addmm_(x.T, x)
-                totals[source] += x.sum(0)
-                for encoding, errors in noise[source].items():
-                    e = x - numerics.fake_quantize(values[source], encoding).flatten(0, -2).float()
-                    errors.addmm_(e.T, e)
-            stream.entering[index] = {node: values[node] for node in leaving}
-            count += tokens_in(batch)
-        n = max(count, 1)
+        sums = _still(stream, ctx, block, {source: list(roundings.get(source, ())) for source in readers}, leaving)
+        n = max(sum(map(tokens_in, ctx.calibration)), 1)
         for source, layers in readers.items():
-            errors_of = {encoding: errors / n for encoding, errors in noise[source].items()}
-            yield Inputs(layers, _finite(grams[source], source) / n, None, {}, totals[source] / n, errors_of)
+            total, gram, noise = sums.pop(source)
+            errors_of = {encoding: errors / n for encoding, errors in noise.items()}
+            yield Inputs(layers, _finite(gram, source) / n, None, {}, total / n, errors_of)
+
+
+def _still(
+    stream: _Stream, ctx: Context, block: Block, roundings: Mapping[Node, Sequence[Encoding]], leaving: Sequence[Node]
+) -> dict[Node, tuple[Tensor, Tensor, dict[Encoding, Tensor]]]:
+    """Run a block once: of each source the sums of `x`, `x xᵀ`, and `Δx Δxᵀ` by encoding; the stream then enters the next block."""
+
+    def zeros() -> list[Tensor]:
+        sizes = {source: edit.value(source).shape[-1] for source in roundings}
+        return [torch.zeros(shape) for source, K in sizes.items() for shape in ((K,), (K, K), *((K, K) for _ in roundings[source]))]
+
+    def by_source(sums: Sequence[Tensor]) -> dict[Node, tuple[Tensor, Tensor, dict[Encoding, Tensor]]]:
+        rest = iter(sums)
+        return {source: (next(rest), next(rest), {each: next(rest) for each in found}) for source, found in roundings.items()}
+
+    def take(index: int, batch: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
+        values = stream.values(block, index, batch, [*roundings, *leaving])
+        for source, (total, gram, noise) in by_source(sums).items():
+            x = values[source].flatten(0, -2).float()
+            gram.addmm_(x.T, x)
+            total.add_(x.sum(0))
+            for encoding, errors in noise.items():
+                e = x - numerics.fake_quantize(values[source], encoding).flatten(0, -2).float()
+                errors.addmm_(e.T, e)
+        stream.entering[index] = {node: values[node] for node in leaving}
+
+    return by_source(ctx.total(zeros, take))
 
 
 def _finite(gram: Tensor, source: Node) -> Tensor:

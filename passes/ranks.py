@@ -23,6 +23,7 @@ T = TypeVar("T")
 LANES = 8  # runs of batches whose sums are added in order: up to as many processes find the bits that one finds
 PIECE = 1 << 24  # elements that travel at a time
 PATIENCE = 3600.0  # seconds
+REMEDY = "if another process has failed, look at what it said; then give the same command again"
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class Ranks:
         with _together():
             dist.broadcast(size, owner)
             data = data if owner == self.rank else torch.empty(int(size), dtype=torch.uint8)
-            for piece in data.split(4 * PIECE):
+            for piece in torch.split(data, 4 * PIECE):
                 dist.broadcast(piece, owner)
         return dict(tensors) if owner == self.rank else safetensors.torch.load(data.numpy().tobytes())
 
@@ -209,7 +210,7 @@ class _Fold:
     @staticmethod
     def _pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[tuple[int, int], Tensor]]:
         for number, tensor in enumerate(tensors):
-            for place, piece in enumerate(tensor.view(-1).split(PIECE)):
+            for place, piece in enumerate(torch.split(tensor.view(-1), PIECE)):
                 yield (number, place), piece
 
 
@@ -219,15 +220,12 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        remedy = "look at what it said; then give the same command again"
-        raise RanksError(f"another process of this run has ended or does not answer: {str(error)[:300]}", remedy=remedy) from error
+        raise RanksError(f"another process of this run has ended or does not answer: {str(error)[:300]}", remedy=REMEDY) from error
 
 
 def _stopped(*_: Any) -> None:
     """torchrun ends the others when one process fails."""
-    raise RanksError(
-        "this process was told to stop", remedy="if another one has failed, look at what it said; then give the same command again"
-    )
+    raise RanksError("this process was told to stop", remedy=REMEDY)
 
 
 def _bytes(data: bytes) -> Tensor:

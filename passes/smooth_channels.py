@@ -192,7 +192,6 @@ def _samples(gm: GraphModule, ctx: Context, sources: Collection[Node]) -> dict[N
     watch(gm, ctx, kept, lambda source, value: kept[source].append(tokens_of(value, ctx, SAMPLE).float()), "sample")
     generator = torch.Generator().manual_seed(0)
     owners = ctx.ranks.owners(len(ctx.calibration))
-    joined = {
-        source: torch.cat([own[""] for own in ctx.ranks.collect(owners, [{"": each} for each in rows])]) for source, rows in kept.items()
-    }
+    every = {source: ctx.ranks.collect(owners, [{"": own} for own in rows]) for source, rows in kept.items()}
+    joined = {source: torch.cat([own[""] for own in rows]) for source, rows in every.items()}
     return {source: rows[torch.randperm(len(rows), generator=generator)] for source, rows in joined.items()}

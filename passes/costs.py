@@ -57,12 +57,17 @@ def layer_costs(gm: GraphModule, ctx: Context, options: Wanted, rounding: Roundi
 def _costs(gm: GraphModule, ctx: Context, options: Wanted, rounding: Rounding, cuts: Cuts, feels: Mapping[object, Tensor] | None) -> Costs:
     found: Costs = {}
     linears = {layer.node: layer for layer in options}
+    owner = ctx.ranks.dealt({layer: len(forms) * edit.value(layer.weight).numel() for layer, forms in options.items()})
     for inputs in still_inputs(gm, sampled(ctx, TOKENS), linears, "predict", _roundings(options)):
         for layer in inputs.layers:
+            if owner[layer] != ctx.ranks.rank:
+                continue
             W = edit.attribute(gm, layer.weight).detach().float()
             weighed = feels[layer.node] if feels is not None else torch.ones(len(W)) / squares(W, inputs.gram).sum().clamp_min(1e-30)
             found |= {(layer.path, text): cost for text, cost in _of_layer(gm, layer, inputs, options[layer], rounding, cuts, weighed)}
-    return found
+    every = [row for own in ctx.ranks.everyone([(*key, cost) for key, cost in found.items()]) for row in own]
+    order = {layer.path: place for place, layer in enumerate(options)}
+    return {(path, text): cost for path, text, cost in sorted(every, key=lambda row: order[row[0]])}
 
 
 def _of_layer(

@@ -1,23 +1,46 @@
 """Gather what a rounding method needs to know about linears, and no more."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ir import edit
+from ir.numerics import QParams
 from ir.rounding import Evidence, Rounding, propagate_error
 from ir.sites import Layer
 from passes.base import Context
 from passes.fisher import kronecker_factors, token_weights
 from passes.prefix import Inputs, Prefix
+from passes.spread import Known, codes_of
 
 PROPAGATION_DAMPING = 0.1  # of the regression on the prefix's error: a smaller one follows the calibration data too closely
-Known = tuple[Layer, Evidence, Tensor]  # a linear, what is known about it, and the weight to round
+Factors = Mapping[Node, tuple[Tensor, Tensor]]
 
 
-def gather(gm: GraphModule, ctx: Context, linears: dict[Node, Layer], rounding: Rounding, propagation: float) -> Iterator[Known]:
-    """Linears in the order that they run, each to be rounded before the next one is asked for.
+class Group(NamedTuple):
+    """Linears that are rounded together, and how to find what is known about each."""
+
+    layers: Sequence[Layer]
+    known: Callable[[], list[Known]]
+
+
+def rounded(
+    gm: GraphModule, ctx: Context, linears: dict[Node, Layer], rounding: Rounding, propagation: float
+) -> Iterator[tuple[Layer, Tensor, QParams]]:
+    """Linears with their codes and parameters, in the order that they run, each to be stored before the next one is asked for.
+
+    Args: as of `gather`.
+    """
+    for group in gather(gm, ctx, linears, rounding, propagation):
+        found = codes_of(ctx.ranks, rounding, group.known())
+        yield from ((layer, codes, qparams) for layer, (codes, qparams) in zip(group.layers, found, strict=True))
+
+
+def gather(gm: GraphModule, ctx: Context, linears: dict[Node, Layer], rounding: Rounding, propagation: float) -> Iterator[Group]:
+    """Linears in the order that they run, each group to be rounded before the next one is asked for.
 
     Gradients are taken at once, from the model as it is given; inputs come from the prefix as rounded by then.
 
@@ -31,37 +54,34 @@ def gather(gm: GraphModule, ctx: Context, linears: dict[Node, Layer], rounding: 
     factors = kronecker_factors(gm, ctx, linears) if "outer" in rounding.needs else {}
     weights = token_weights(gm, ctx, linears, getattr(rounding, "groups", 1)) if "grams" in rounding.needs else {}
     if propagation == 0 and {"outer", "inner"}.issuperset(rounding.needs):
-        return _of_gradients(gm, ctx, linears, factors)
-    return _of_prefix(gm, ctx, linears, rounding, propagation, factors, weights)
-
-
-def _of_gradients(
-    gm: GraphModule, ctx: Context, linears: dict[Node, Layer], factors: Mapping[Node, tuple[Tensor, Tensor]]
-) -> Iterator[Known]:
-    for node, layer in ctx.track(linears.items(), "round weights"):
-        outer, inner = factors.get(node, (None, None))
-        yield layer, Evidence(outer=outer, inner=inner), _weight(gm, layer)
-
-
-def _of_prefix(
-    gm: GraphModule,
-    ctx: Context,
-    linears: dict[Node, Layer],
-    rounding: Rounding,
-    propagation: float,
-    factors: Mapping[Node, tuple[Tensor, Tensor]],
-    weights: Mapping[Node, list[Tensor]],
-) -> Iterator[Known]:
-    asymmetric = "cross" in rounding.needs
+        every, world = list(linears.values()), ctx.ranks.world
+        for layers in ctx.track([every[start : start + world] for start in range(0, len(every), world)], "round weights"):
+            yield Group(layers, partial(_of_gradients, gm, layers, factors))
+        return
     for inputs in Prefix(gm, ctx, linears, exact=propagation > 0, weights=weights).inputs("round weights"):
-        cross = _cross(inputs, propagation) if asymmetric else None
-        for layer in inputs.layers:
-            outer, inner = factors.get(layer.node, (None, None))
-            known = Evidence(inputs.gram, cross, inputs.grams.get(layer.node), outer, inner)
-            W = _weight(gm, layer)
-            if inputs.cross is not None and not asymmetric:
-                W = propagate_error(W, inputs.gram, inputs.cross, propagation, PROPAGATION_DAMPING)
-            yield layer, known, W
+        yield Group(inputs.layers, partial(_of_prefix, gm, inputs, rounding, propagation, factors))
+
+
+def _of_gradients(gm: GraphModule, layers: Sequence[Layer], factors: Factors) -> list[Known]:
+    found = []
+    for layer in layers:
+        outer, inner = factors.get(layer.node, (None, None))
+        found.append((layer, Evidence(outer=outer, inner=inner), _weight(gm, layer)))
+    return found
+
+
+def _of_prefix(gm: GraphModule, inputs: Inputs, rounding: Rounding, propagation: float, factors: Factors) -> list[Known]:
+    asymmetric = "cross" in rounding.needs
+    cross = _cross(inputs, propagation) if asymmetric else None
+    found = []
+    for layer in inputs.layers:
+        outer, inner = factors.get(layer.node, (None, None))
+        known = Evidence(inputs.gram, cross, inputs.grams.get(layer.node), outer, inner)
+        W = _weight(gm, layer)
+        if inputs.cross is not None and not asymmetric:
+            W = propagate_error(W, inputs.gram, inputs.cross, propagation, PROPAGATION_DAMPING)
+        found.append((layer, known, W))
+    return found
 
 
 def _cross(inputs: Inputs, propagation: float) -> Tensor:

@@ -17,7 +17,7 @@ from passes.base import Context, Effect, Pass
 from passes.codes import Codes
 from passes.descent import rate_at, shuffled, some_rows
 from passes.divergence import of_outputs, own_outputs, teacher
-from passes.evidence import gather
+from passes.evidence import rounded
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ class LearnRounding(Pass):
     def _begun(self, gm: GraphModule, ctx: Context, linears: Sequence[Layer]) -> Iterator[Codes]:
         """The codes to start from."""
         rounding = METHODS[self.start]()
-        for layer, evidence, W in gather(gm, ctx, {layer.node: layer for layer in linears}, rounding, propagation=0.0):
-            yield Codes(gm, layer, *rounding.round_weight(W, layer.mark.weight, evidence))
+        for layer, codes, qparams in rounded(gm, ctx, {layer.node: layer for layer in linears}, rounding, propagation=0.0):
+            yield Codes(gm, layer, codes, qparams)
 
     def _descend(self, gm: GraphModule, ctx: Context, learned: Sequence[Codes]) -> None:
         outputs = own_outputs(gm)

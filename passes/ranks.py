@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ir.errors import OptionError, RanksError
 
+K = TypeVar("K")
 T = TypeVar("T")
 LANES = 8  # runs of batches whose sums are added in order: up to as many processes find the bits that one finds
 PIECE = 1 << 24  # elements that travel at a time
@@ -124,6 +125,14 @@ class Ranks:
         if lanes and self.world > 1:
             fold.result(sums)
         return sums
+
+    def dealt(self, work: Mapping[K, float]) -> dict[K, int]:
+        """A process for each item, so that all have about as much to do: the most work goes first, to who has least."""
+        load, found = [0.0] * self.world, dict.fromkeys(work, 0)
+        for item in sorted(work, key=lambda item: -work[item]):
+            found[item] = min(range(self.world), key=lambda rank: load[rank])
+            load[found[item]] += work[item]
+        return found
 
     def collect(self, owners: Sequence[int], own: Iterable[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
         """The tensors of all items, on all processes.

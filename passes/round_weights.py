@@ -7,11 +7,11 @@ from torch.fx import GraphModule
 
 from ir.errors import DataError, OptionError
 from ir.rounding import METHODS, Nearest, Rounding
-from ir.weights import followers_of, round_layer, unrounded
+from ir.weights import followers_of, round_layer, set_codes, unrounded
 from passes.base import Context, Effect, Pass
 from passes.calibration import tokens_in
 from passes.calls import fits
-from passes.evidence import gather
+from passes.evidence import rounded
 
 MIN_TOKENS = 128  # fewer tell next to nothing about the inputs of a layer
 OPTIONS = ("damping", "act_order", "search", "sweeps", "groups")  # that belong to methods
@@ -124,12 +124,12 @@ class RoundWeights(Pass):
         rounding = self._rounding()
         pending = {layer.node: layer for layer in unrounded(gm)}
         linears = {node: layer for node, layer in pending.items() if layer.kind == "Linear" and rounding.needs}
-        known = gather(gm, ctx, linears, rounding, self._share) if linears else iter(())
+        found = rounded(gm, ctx, linears, rounding, self._share) if linears else iter(())
         tied = {follower.node for layer in pending.values() for follower in followers_of(gm, layer)}
         # First of all what has no inputs to weigh, embeddings: the linears then see what they give once rounded. Tied ones follow the head.
         for node, layer in pending.items():
             if node not in linears and node not in tied:
                 round_layer(gm, layer, Nearest() if rounding.needs else rounding)
-        for layer, evidence, weight in known:
-            round_layer(gm, layer, rounding, evidence, weight)
+        for layer, codes, qparams in found:
+            set_codes(gm, layer, layer.mark.weight, codes, qparams, followers_of(gm, layer))
         return len(pending)

@@ -25,6 +25,7 @@ from passes.layerwise import View, layer_rows, part_rows, read_rows
 from passes.pipeline import Pipeline
 from passes.probe import model_outputs, relative_error
 from passes.progress import Progress
+from passes.ranks import Ranks
 from passes.recipe import Recipe, calibration_fingerprint, versions, weights_fingerprint
 from passes.report import Report, coverage, left_out
 
@@ -43,6 +44,7 @@ def compile(
     tokenizer: Any = None,
     allow_partial: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> Compiled:
     """Compress a model.
 
@@ -57,6 +59,8 @@ def compile(
         tokenizer: a tokenizer, or a folder with its files, to save beside the result; by default the model's own folder.
         allow_partial: leave layers that the backend does not support as they are, instead of refusing.
         progress: how to show it.
+        ranks: the processes that share the work, each of which calls this with the same arguments: `Ranks.from_environment()`. All get the
+            same graph; only the first lowers it to the backend and is to save it, the others' results run the graph.
 
     Raises:
         FxpressError: one of its kinds; bad input is refused before any long work.
@@ -75,15 +79,21 @@ def compile(
     check_weights(gm)
     batches = flat_batches(gm, calibration)
     marks = (weights_fingerprint(gm), calibration_fingerprint(batches))
+    ranks = ranks or Ranks()
+    ranks.agree([str(steps), *marks, seed, versions()], "pipeline, model, calibration data, seed or version")
     if recipe:
         recipe.check(*marks)
         seed = recipe.seed
     example: list[Tensor] = gm.meta["example"]
     ctx = Context(batches, _probe(gm, batches) or example, seed, progress or Progress(), backend=target, allow_partial=allow_partial)
+    ctx.ranks = ranks
+    if not ranks.first:
+        ctx.progress = Progress(silent=True)
     ctx.original = edit.copied(gm)
     original = _original(gm, ctx)
     before = View.of(gm, ctx)
     trace = steps.execute(gm, ctx)
+    target = target if ranks.first else registry.backend("reference")
     ctx.progress.say(f"lowering to {target.name}")
     remarks: list[str] = []
     executable = target.lower(gm, gm.meta["example"], remarks)

@@ -5,7 +5,6 @@ They run the same passes on the same graph and share out calibration batches and
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -74,7 +73,6 @@ class Ranks:
             torch.cuda.set_device(_number("LOCAL_RANK", 0) % torch.cuda.device_count())
         with _together():
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(seconds=timeout))
-        signal.signal(signal.SIGTERM, _stopped)
         return cls(rank, world, started=True)
 
     def close(self) -> None:
@@ -230,11 +228,6 @@ def _together() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RanksError(f"another process of this run has ended or does not answer: {str(error)[:300]}", remedy=REMEDY) from error
-
-
-def _stopped(*_: Any) -> None:
-    """torchrun ends the others when one process fails."""
-    raise RanksError("this process was told to stop", remedy=REMEDY)
 
 
 def _bytes(data: bytes) -> Tensor:

@@ -41,3 +41,7 @@ class CoverageError(FxpressError):
 
 class BackendError(FxpressError):
     """A backend cannot lower the graph, or its result failed a gate."""
+
+
+class RanksError(FxpressError):
+    """Of processes that work together, one has ended, does not answer, or was given other things than the rest."""

@@ -18,3 +18,9 @@ def pick(p: Tensor, generator: torch.Generator) -> Tensor:
     below = p.cumsum(-1)
     at = torch.rand(len(p), 1, generator=generator) * below[:, -1:]
     return torch.searchsorted(below, at, right=True).clamp_max(p.shape[-1] - 1)
+
+
+def generators(seed: int, count: int) -> list[torch.Generator]:
+    """A generator for each of `count` batches, so that what one draws does not depend on who runs the others."""
+    seeds = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [torch.Generator().manual_seed(own) for own in seeds]

@@ -10,7 +10,7 @@ from ir import edit, numerics
 from ir.encoding import Encoding
 from ir.numerics import QParams
 from ir.ops import DEQUANTIZE
-from ir.rounding import SCALE_DTYPE, Evidence, Rounding
+from ir.rounding import SCALE_DTYPE, Rounding
 from ir.sites import Layer, layers
 
 ERROR = "rounding_error"  # the entry of a dequantize operator's `node.meta`: ‖Ŵ − W‖ / ‖W‖, as the weight was rounded
@@ -55,12 +55,11 @@ def followers_of(gm: GraphModule, layer: Layer) -> list[Layer]:
     ]
 
 
-def round_layer(gm: GraphModule, layer: Layer, rounding: Rounding, evidence: Evidence | None = None, weight: Tensor | None = None) -> None:
-    """Round a layer's weight as it is annotated; or another `weight [N, K]` in its place. Tied embeddings take the codes."""
+def round_layer(gm: GraphModule, layer: Layer, rounding: Rounding) -> None:
+    """Round a layer's weight as it is annotated, by a method that needs to know nothing more. Tied embeddings take the codes."""
     encoding = layer.site("weight").encoding
     assert encoding is not None
-    weight = edit.attribute(gm, layer.weight) if weight is None else weight
-    codes, qparams = rounding.round_weight(weight, encoding, evidence or Evidence())
+    codes, qparams = rounding.round_weight(edit.attribute(gm, layer.weight), encoding)
     set_codes(gm, layer, encoding, codes, qparams, followers_of(gm, layer))
 
 

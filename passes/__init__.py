@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from passes.driver import compile
     from passes.exporters import Quantizer
     from passes.pipeline import Pipeline
+    from passes.ranks import Ranks
     from passes.recipe import Recipe
 
 # Public name: where it is defined. Nothing is imported before it is asked for, so that `fxpress --help` is quick.
@@ -26,6 +27,7 @@ _WHERE = {
     "Pass": "passes.base",
     "Pipeline": "passes.pipeline",
     "Quantizer": "passes.exporters",
+    "Ranks": "passes.ranks",
     "Recipe": "passes.recipe",
     "compile": "passes.driver",
     "emit": "ir.edit",
@@ -43,6 +45,7 @@ __all__ = [
     "Pass",
     "Pipeline",
     "Quantizer",
+    "Ranks",
     "Recipe",
     "compile",
     "emit",

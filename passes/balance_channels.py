@@ -16,7 +16,8 @@ from ir.online import online_inputs
 from ir.ops import HADAMARD
 from ir.sites import Layer, chosen
 from passes.base import Context, Effect, Pass
-from passes.observation import tokens_of, watch
+from passes.observation import tokens_of, total
+from passes.packed import like
 
 
 @dataclass(frozen=True)
@@ -94,18 +95,22 @@ class BalanceChannels(Pass):
 
     def _measure(self, gm: GraphModule, ctx: Context, balances: Sequence["_Balance"]) -> None:
         """Second moments of what all of them read, in one streaming run."""
-        readers: dict[Node, list[_Balance]] = {}
-        for balance in balances:
+        readers: dict[Node, list[tuple[int, _Balance]]] = {}
+        for place, balance in enumerate(balances):
             for source in balance.read:
-                readers.setdefault(source, []).append(balance)
+                readers.setdefault(source, []).append((place, balance))
 
-        def take(source: Node, value: Tensor) -> None:
+        def zeros() -> list[Tensor]:
+            return [torch.zeros_like(balance.activation) for balance in balances]
+
+        def take(sums: Sequence[Tensor], source: Node, value: Tensor) -> None:
             rows = tokens_of(value, ctx, self.tokens).float()
-            for balance in readers[source]:
-                balance.add(source, rows)
+            for place, balance in readers[source]:
+                balance.add(sums[place], source, rows)
 
-        sums = [balance.activation for balance in balances]
-        ctx.memo.filled("second moments", sums, lambda: watch(gm, ctx, readers, take, "second moments"))
+        made = ctx.memo.kept("second moments", lambda: total(gm, ctx, readers, zeros, take, "second moments"), like(zeros()))
+        for balance, activation in zip(balances, made, strict=True):
+            balance.activation = activation
 
 
 class _Balance:
@@ -141,10 +146,10 @@ class _Balance:
             _add(made.weight, edit.attribute(gm, layer.weight).detach().double(), *at)
         return made
 
-    def add(self, source: Node, rows: Tensor) -> None:
-        """Count some tokens of a tensor, `[tokens, channels]`."""
+    def add(self, activation: Tensor, source: Node, rows: Tensor) -> None:
+        """Count some tokens of a tensor, `[tokens, channels]`, among the second moments of activations."""
         for at in self.read[source]:
-            _add(self.activation, rows, *at)
+            _add(activation, rows, *at)
 
     def transform(self) -> Tensor:
         """`T`, float64 `[m, b, b]`."""

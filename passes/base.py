@@ -13,6 +13,7 @@ from ir.errors import OptionError
 from ir.statistics import Statistics
 from passes.calls import call_text
 from passes.progress import Progress
+from passes.ranks import Ranks
 from passes.resuming import Results
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Context:
         original: the graph as it was before the first pass, over the caller's tensors; None where a pass is run by itself.
         allow_partial: leave unsupported layers as they are, instead of refusing.
         memo: what earlier compiles have computed of this one.
+        ranks: the processes that share the work.
     """
 
     calibration: Sequence[list[Tensor]] = ()
@@ -74,6 +76,7 @@ class Context:
     original: GraphModule | None = None
     allow_partial: bool = False
     memo: Results = field(default_factory=Results)
+    ranks: Ranks = field(default_factory=Ranks)
 
     def skip(self, path: str, reason: str, size: int, asked: bool = False) -> None:
         """Record that the weight bytes at `path` are left as they are, and why."""
@@ -83,6 +86,28 @@ class Context:
         """Bring calibration data and probe into the form of the graph's inputs after a pass has changed them."""
         self.calibration = [convert(batch) for batch in self.calibration]
         self.probe = convert(self.probe) if self.probe else self.probe
+
+    def total(
+        self, zeros: Callable[[], Sequence[Tensor]], take: Callable[[int, list[Tensor], Sequence[Tensor]], None], doing: str = ""
+    ) -> list[Tensor]:
+        """Sums over the calibration data, which all processes share: see `Ranks.total`.
+
+        Args:
+            zeros: makes the sums of nothing.
+            take: adds what a batch has, given by number and inputs, to sums.
+            doing: what the progress bar says, if there is to be one.
+        """
+        own = self.ranks.share(len(self.calibration))
+        steps = iter(self.track(own, doing) if doing else own)
+
+        def one(index: int, sums: Sequence[Tensor]) -> None:
+            next(steps)
+            take(index, self.calibration[index], sums)
+
+        sums = self.ranks.total(len(self.calibration), zeros, one)
+        for _ in steps:  # lets the bar end
+            pass
+        return sums
 
     def track(self, items: Iterable[T], doing: str) -> Iterator[T]:
         """`items`, with a progress bar."""

@@ -214,8 +214,10 @@ class Budgeted(Pass):
         path, backend = Path(self.latencies), ctx.backend
         if backend is None:
             raise OptionError("a latency is of a target", where=f"{self.name()}(latency=...)", remedy="compile for a backend")
-        if not path.exists():
-            LatencyTable.measured(ctx, backend, kinds).save(path)
+        if not ctx.ranks.told(path.exists):
+            if ctx.ranks.first:
+                LatencyTable.measured(ctx, backend, kinds).save(path)
+            ctx.ranks.everyone(None)  # the table is there
         return round(1e6 * self.latency), LatencyTable.load(path, backend.name, kinds)
 
     def made(self) -> dict[str, Any]:
@@ -225,7 +227,7 @@ class Budgeted(Pass):
 
     def _costs(self, gm: GraphModule, ctx: Context, wanted: Mapping[Layer, Sequence[Form]], cuts: Cuts) -> Costs:
         """Predicted, or read from a file."""
-        if self.file and Path(self.file).exists():
+        if self.file and ctx.ranks.told(Path(self.file).exists):
             found = costs.load(Path(self.file), self.made())
             pairs = ((layer, form) for layer, forms in wanted.items() for form in forms)
             missing = next((f"{layer.path} as {form}" for layer, form in pairs if (layer.path, str(form)) not in found), None)
@@ -238,7 +240,7 @@ class Budgeted(Pass):
             if self.loss == "model"
             else costs.layer_costs(gm, ctx, wanted, rounding, cuts)
         )
-        if self.file:
+        if self.file and ctx.ranks.first:
             costs.save(found, self.made(), Path(self.file))
         return found
 

@@ -2,30 +2,24 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from ir import numerics
 from ir.cache import CacheSite
 from ir.cache_code import CacheCode
 from ir.encoding import Encoding
 from ir.statistics import Statistics
+from passes import observation
 from passes.base import Context
-from passes.observation import watch
 from passes.packed import STATISTICS
 
 
 def observed(gm: GraphModule, ctx: Context, sites: Sequence[CacheSite]) -> Statistics:
     """Extremes of every channel of every head, by the names of the sites, in one streaming run over the calibration data."""
     names = {site.new: site.name for site in sites}
-    statistics = Statistics()
-
-    def take(node: Node, value: Tensor) -> None:
-        statistics.observe(names[node], value.transpose(1, 2).flatten(2), sketch=False)
 
     def measured() -> Statistics:
-        watch(gm, ctx, names, take, "quantize_cache")
-        return statistics
+        return observation.statistics(gm, ctx, names, "quantize_cache", sketch=False, form=lambda value: value.transpose(1, 2).flatten(2))
 
     return ctx.memo.kept("statistics of the cache", measured, STATISTICS)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -11,7 +12,7 @@ from ir.cache_code import CacheCode, compute
 from ir.errors import OptionError
 from ir.knapsack import Option
 from passes.base import Context
-from passes.gradients import take_gradients
+from passes.gradients import total_gradients
 from passes.packed import numbers
 from passes.units import NATS
 
@@ -84,20 +85,22 @@ def predicted(gm: GraphModule, ctx: Context, options: Mapping[CacheSite, Codes],
     The diagonal of the Fisher information, as of `output_sensitivity`. Gradients and errors are paired token by token, so that tokens which
     all others attend to count as they do.
     """
-    sums = {site: [0.0] * len(codes) for site, codes in options.items()}
-    site_of = {site.new: site for site in options}
+    at = {site.new: (place, codes) for place, (site, codes) in enumerate(options.items())}
 
-    def take(node: Node, x: Tensor, gradient: Tensor) -> None:
-        site = site_of[node]
+    def zeros() -> list[Tensor]:
+        return [torch.zeros(len(codes), dtype=torch.float64) for codes in options.values()]
+
+    def take(sums: Sequence[Tensor], node: Node, x: Tensor, gradient: Tensor) -> None:
+        place, codes = at[node]
         weights = gradient.double().square()
-        for index, code in enumerate(options[site]):
+        for index, code in enumerate(codes):
             if code is not None:
                 errors = (x - code.decode(code.encode(x, compute), x.dtype, compute)).double()
-                sums[site][index] += float((weights * errors.square()).sum())
+                sums[place][index] += (weights * errors.square()).sum()
 
     def found() -> list[float]:
-        seen = take_gradients(gm, ctx, list(site_of), take, tokens, seed)
-        return [0.5 * total / max(seen, 1) for totals in sums.values() for total in totals]
+        sums, seen = total_gradients(gm, ctx, list(at), zeros, take, tokens, seed)
+        return [0.5 * total / max(seen, 1) for totals in sums for total in totals.tolist()]
 
     made = ctx.memo.kept("costs of widths", found, numbers(sum(map(len, options.values()))))
     costs = iter(made)

@@ -4,6 +4,7 @@ What needs torch is imported inside of the commands, so that `--help` and bad us
 """
 
 import logging
+import os
 import sys
 import warnings
 import webbrowser
@@ -30,7 +31,8 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except FxpressError as error:
-            typer.echo(f"error: {error}", err=True)
+            rank = os.environ.get("RANK")  # where torchrun has started several processes
+            typer.echo(f"error in process {rank}: {error}" if rank else f"error: {error}", err=True)
             raise typer.Exit(1) from error
 
 
@@ -62,7 +64,7 @@ def compile_(
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Leave layers that the backend cannot run as they are.")] = False,
     dtype: Dtype = "float32",
 ) -> None:
-    """Compress a model and write a folder that runs."""
+    """Compress a model and write a folder that runs. Under torchrun the processes share the work, and the first one writes."""
     if bool(pipeline) == (recipe is not None):
         raise typer.BadParameter("give either --pipeline or --recipe")
     import passes
@@ -71,7 +73,9 @@ def compile_(
     from passes.evaluation import quality
     from passes.folders import check_free
 
-    check_free(out, overwrite)
+    ranks = passes.Ranks.from_environment()
+    if ranks.first:
+        check_free(out, overwrite)
     replay = passes.Recipe.read(recipe) if recipe else None
     steps = replay or passes.Pipeline.parse(pipeline)
     target = backend or (replay.backend if replay else "onnx")
@@ -79,19 +83,19 @@ def compile_(
     seed = seed if seed is not None else replay.seed if replay else 0
     calibration_text = loading.read_texts(calibration) if calibration else ""
     test_text = loading.read_texts([text]) if text else ""
-
     tokenizer = loading.load_tokenizer(model, needed=bool(calibration_text or test_text))
     batches = loading.calibration_batches(calibration_text, tokenizer, samples, window, seed) if calibration_text else None
     ids = token_windows(test_text, tokenizer, window, windows) if test_text else None
     original = loading.load_model(model, dtype)
     _quiet()
-    compiled = passes.compile(
-        original, steps, batches, target, seed=seed, tokenizer=tokenizer, allow_partial=allow_partial, progress=_progress()
-    )
+    options: dict[str, Any] = {"seed": seed, "allow_partial": allow_partial, "progress": _progress(), "ranks": ranks}
+    compiled = passes.compile(original, steps, batches, target, tokenizer=tokenizer, **options)
+    ranks.close()
+    if not ranks.first:
+        return
     if ids is not None and text is not None:
-        measures = compiled.report().measures
-        measures[f"{text.name}, before"] = quality(original, ids)
-        measures[f"{text.name}, after"] = quality(compiled, ids, original)
+        found = {f"{text.name}, before": quality(original, ids), f"{text.name}, after": quality(compiled, ids, original)}
+        compiled.report().measures.update(found)
     compiled.save(out, overwrite=overwrite)
     _print(*compiled.report().page(), f"on disk: {_megabytes(Path(model))} before, {_megabytes(out)} after, in {out}")
 
@@ -148,8 +152,7 @@ def generate(
             sys.stdout.flush()
         typer.echo()
     else:
-        for _ in run.stream(tokens):
-            pass
+        list(run.stream(tokens))
         typer.echo("\n\n".join(map(str.__add__, prompt, run.texts())))
     typer.echo(run.speed(), err=True)
 

@@ -13,7 +13,8 @@ from ir.encoding import Encoding
 from ir.errors import DataError, OptionError
 from ir.sites import Layer, readers
 from passes.base import Context, Effect, Pass
-from passes.observation import tokens_of, watch
+from passes.observation import tokens_of, total
+from passes.packed import like
 
 RATIOS = tuple(round(1 - 0.05 * i, 2) for i in range(11))  # 1 to 0.5
 
@@ -56,14 +57,17 @@ class ClipActivations(Pass):
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Annotate the ratios; returns the number of linears whose inputs are clipped."""
         found = {source: [layer for layer in layers if _dynamic(layer)] for source, layers in readers(gm).items()}
-        errors = {source: torch.zeros(len(RATIOS), dtype=torch.float64) for source, layers in found.items() if layers}
+        at = {source: place for place, source in enumerate(source for source, layers in found.items() if layers)}
 
-        def take(source: Node, value: Tensor) -> None:
-            errors[source] += _errors(gm, tokens_of(value, ctx, self.tokens).float(), found[source])
+        def zeros() -> list[Tensor]:
+            return [torch.zeros(len(RATIOS), dtype=torch.float64) for _ in at]
 
-        ctx.memo.filled("errors", list(errors.values()), lambda: watch(gm, ctx, errors, take, "clip activations"))
+        def take(errors: Sequence[Tensor], source: Node, value: Tensor) -> None:
+            errors[at[source]].add_(_errors(gm, tokens_of(value, ctx, self.tokens).float(), found[source]))
+
+        errors = ctx.memo.kept("errors", lambda: total(gm, ctx, at, zeros, take, "clip activations"), like(zeros()))
         clipped = 0
-        for source, error in errors.items():
+        for source, error in zip(at, errors, strict=True):
             ratio = RATIOS[int(error.argmin())]
             for layer in found[source]:
                 encoding = layer.site("input").encoding

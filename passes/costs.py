@@ -61,22 +61,27 @@ def _costs(gm: GraphModule, ctx: Context, options: Wanted, rounding: Rounding, c
     found: Costs = {}
     linears = {layer.node: layer for layer in options}
     for source in still_sources(gm, sampled(ctx, TOKENS), linears, "predict", _roundings(options)):
-        make = partial(_of_source, gm, source, options, rounding, cuts, feels)
+        make = partial(_of_source, gm, ctx, source, options, rounding, cuts, feels)
         of_source: Costs = ctx.memo.kept(f"costs of {source.layers[0].path}", make, TABLE)
         found |= of_source
     return found
 
 
 def _of_source(
-    gm: GraphModule, source: Source, options: Wanted, rounding: Rounding, cuts: Cuts, feels: Mapping[object, Tensor] | None
+    gm: GraphModule, ctx: Context, source: Source, options: Wanted, rounding: Rounding, cuts: Cuts, feels: Mapping[object, Tensor] | None
 ) -> Costs:
-    found: Costs = {}
-    inputs = source.inputs()
+    """Those of all linears that read one tensor; each process rounds some of these."""
+    inputs, found = source.inputs(), []
+    owner = ctx.ranks.dealt({layer: len(options[layer]) * edit.value(layer.weight).numel() for layer in source.layers})
     for layer in source.layers:
+        if owner[layer] != ctx.ranks.rank:
+            continue
         W = edit.attribute(gm, layer.weight).detach().float()
         weighed = feels[layer.node] if feels is not None else torch.ones(len(W)) / squares(W, inputs.gram).sum().clamp_min(1e-30)
-        found |= {(layer.path, text): cost for text, cost in _of_layer(gm, layer, inputs, options[layer], rounding, cuts, weighed)}
-    return found
+        found += [(layer.path, *row) for row in _of_layer(gm, layer, inputs, options[layer], rounding, cuts, weighed)]
+    every = [row for own in ctx.ranks.everyone(found) for row in own]
+    order = {layer.path: place for place, layer in enumerate(source.layers)}
+    return {(path, text): cost for path, text, cost in sorted(every, key=lambda row: order[row[0]])}
 
 
 def _of_layer(

@@ -26,6 +26,7 @@ from passes.memo import Memo
 from passes.pipeline import Pipeline
 from passes.probe import model_outputs, relative_error
 from passes.progress import Progress
+from passes.ranks import Ranks
 from passes.recipe import Recipe, calibration_fingerprint, versions, weights_fingerprint
 from passes.report import Report, coverage, left_out
 from passes.resuming import Results
@@ -46,6 +47,7 @@ def compile(
     allow_partial: bool = False,
     progress: Progress | None = None,
     cache: Memo | str | Path | bool | None = None,
+    ranks: Ranks | None = None,
 ) -> Compiled:
     """Compress a model.
 
@@ -62,6 +64,8 @@ def compile(
         progress: how to show it.
         cache: a folder that results are kept in and taken from, so that a compile which was killed goes on where it was; True for the one
             of the user, `~/.cache/fxpress`. What is written is the same with and without.
+        ranks: the processes that share the work, each of which calls this with the same arguments: `Ranks.from_environment()`. All get the
+            same graph; only the first lowers it to the backend and is to save it, the others' results run the graph.
 
     Raises:
         FxpressError: one of its kinds; bad input is refused before any long work.
@@ -80,17 +84,23 @@ def compile(
     check_weights(gm)
     batches = flat_batches(gm, calibration)
     marks = (weights_fingerprint(gm), calibration_fingerprint(batches))
+    ranks = ranks or Ranks()
+    ranks.agree([str(steps), *marks, seed, versions()], "pipeline, model, calibration data, seed or version")
     if recipe:
         recipe.check(*marks)
         seed = recipe.seed
     example: list[Tensor] = gm.meta["example"]
     ctx = Context(batches, _probe(gm, batches) or example, seed, progress or Progress(), backend=target, allow_partial=allow_partial)
+    ctx.ranks = ranks
+    if not ranks.first:
+        ctx.progress = Progress(silent=True)
     ctx.original = edit.copied(gm)
-    ctx.memo = Results(Memo.of(cache), f"{type(model).__name__}, {steps}")
+    ctx.memo = Results(Memo.of(cache), f"{type(model).__name__}, {steps}", ranks)
     ctx.memo.begin(gm, ctx, marks)
     original = _original(gm, ctx)
     before = View.of(gm, ctx)
     trace = steps.execute(gm, ctx)
+    target = target if ranks.first else registry.backend("reference")
     ctx.progress.say(f"lowering to {target.name}")
     remarks: list[str] = []
     executable = target.lower(gm, gm.meta["example"], remarks)

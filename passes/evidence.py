@@ -13,11 +13,11 @@ from ir.rounding import Evidence, Rounding, propagate_error
 from ir.sites import Layer
 from passes.base import Context
 from passes.fisher import Factors, token_weights
-from passes.packed import Coded, coded
+from passes.packed import coded
 from passes.prefix import Inputs, Prefix, Source
+from passes.spread import Coded, Known, codes_of
 
 PROPAGATION_DAMPING = 0.1  # of the regression on the prefix's error: a smaller one follows the calibration data too closely
-Known = tuple[Layer, Evidence, Tensor]  # a linear, what is known about it, and the weight to round
 
 
 class Group(NamedTuple):
@@ -36,12 +36,13 @@ def rounded(
     """
     for group in gather(gm, ctx, linears, rounding, propagation):
         form = coded([(tuple(edit.value(layer.weight).shape), layer.mark.weight) for layer in group.layers])
-        found = ctx.memo.kept(f"codes of {group.layers[0].path}", partial(_round, group, rounding), form)
+        made = partial(_round, ctx, group, rounding)
+        found = ctx.memo.kept(f"codes of {group.layers[0].path}", made, form)
         yield from ((layer, codes, qparams) for layer, (codes, qparams) in zip(group.layers, found, strict=True))
 
 
-def _round(group: Group, rounding: Rounding) -> list[Coded]:
-    return [rounding.round_weight(W, layer.mark.weight, evidence) for layer, evidence, W in group.known()]
+def _round(ctx: Context, group: Group, rounding: Rounding) -> list[Coded]:
+    return codes_of(ctx.ranks, rounding, group.known())
 
 
 def gather(gm: GraphModule, ctx: Context, linears: dict[Node, Layer], rounding: Rounding, propagation: float) -> Iterator[Group]:
@@ -59,16 +60,20 @@ def gather(gm: GraphModule, ctx: Context, linears: dict[Node, Layer], rounding: 
     factors = Factors(gm, ctx, linears) if "outer" in rounding.needs else None
     weights = token_weights(gm, ctx, linears, getattr(rounding, "groups", 1)) if "grams" in rounding.needs else {}
     if propagation == 0 and {"outer", "inner"}.issuperset(rounding.needs):
-        for layer in ctx.track(linears.values(), "round weights"):
-            yield Group([layer], partial(_of_gradients, gm, layer, factors))
+        every, world = list(linears.values()), ctx.ranks.world
+        for layers in ctx.track([every[start : start + world] for start in range(0, len(every), world)], "round weights"):
+            yield Group(layers, partial(_of_gradients, gm, layers, factors))
         return
     for source in Prefix(gm, ctx, linears, exact=propagation > 0, weights=weights).sources("round weights"):
         yield Group(source.layers, partial(_of_prefix, gm, source, rounding, propagation, factors))
 
 
-def _of_gradients(gm: GraphModule, layer: Layer, factors: Factors | None) -> list[Known]:
-    outer, inner = factors.take(layer.node) if factors else (None, None)
-    return [(layer, Evidence(outer=outer, inner=inner), _weight(gm, layer))]
+def _of_gradients(gm: GraphModule, layers: Sequence[Layer], factors: Factors | None) -> list[Known]:
+    found = []
+    for layer in layers:
+        outer, inner = factors.take(layer.node) if factors else (None, None)
+        found.append((layer, Evidence(outer=outer, inner=inner), _weight(gm, layer)))
+    return found
 
 
 def _of_prefix(gm: GraphModule, source: Source, rounding: Rounding, propagation: float, factors: Factors | None) -> list[Known]:

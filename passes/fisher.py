@@ -4,7 +4,7 @@ Gradients are of the log likelihood of a sample of the model's own predictions, 
 model); activations are not rounded.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ir import edit
 from ir.rounding import row_groups
+from ir.sampling import generators
 from passes.base import Context
 from passes.calibration import tokens_in
 from passes.gradients import sampled_slope
@@ -23,10 +24,14 @@ from passes.sweep import Sweep, room_of
 
 ROOM = 2**26  # bytes of factors that may be held at a time of any model
 SHARE = 2  # of a greater one as many as its weights take, over this
+COUNT = torch.empty((), dtype=torch.int64, device="meta")
+Take = Callable[[int, Sequence[Tensor], Node, Tensor, Tensor], None]
 
 
 def token_weights(gm: GraphModule, ctx: Context, nodes: Collection[Node], groups: int) -> dict[Node, list[Tensor]]:
     """The mean squared gradient of the loss at each group of outputs, for each batch `[tokens, groups]` (GuidedQuant, 2505.07004).
+
+    Batches of other processes have no tokens here.
 
     Memory: `4 groups` bytes for each token and linear, beside the activations of some rows.
 
@@ -34,19 +39,21 @@ def token_weights(gm: GraphModule, ctx: Context, nodes: Collection[Node], groups
         nodes: linears.
         groups: of outputs, as `row_groups` makes them.
     """
-    found: dict[Node, list[list[Tensor]]] = {node: [[] for _ in ctx.calibration] for node in nodes}
+    parts = {node: row_groups(edit.value(node).shape[-1], groups) for node in nodes}
+    found: dict[Node, list[list[Tensor]]] = {node: [[torch.empty(0, len(own))] for _ in ctx.calibration] for node, own in parts.items()}
 
-    def take(index: int, node: Node, x: Tensor, g: Tensor) -> None:
+    def take(index: int, _: Sequence[Tensor], node: Node, x: Tensor, g: Tensor) -> None:
         squares = g.flatten(0, -2).float().square()
-        found[node][index].append(torch.stack([squares[:, part].mean(1) for part in row_groups(squares.shape[1], groups)], 1))
+        found[node][index].append(torch.stack([squares[:, part].mean(1) for part in parts[node]], 1))
 
     def all_found() -> list[Tensor]:
-        _run(gm, ctx, nodes, take)
+        _run(gm, ctx, nodes, list, take)
         return [torch.cat(pieces) for node in nodes for pieces in found[node]]
 
-    parts = {node: len(row_groups(edit.value(node).shape[-1], groups)) for node in nodes}
-    form = like([torch.empty(tokens_in(batch), parts[node], device="meta") for node in nodes for batch in ctx.calibration])
-    made = ctx.memo.kept("weights of tokens", all_found, form)
+    own = set(ctx.ranks.share(len(ctx.calibration)))
+    tokens = [tokens_in(batch) * (index in own) for index, batch in enumerate(ctx.calibration)]
+    form = like([torch.empty(count, len(parts[node]), device="meta") for node in nodes for count in tokens])
+    made = ctx.memo.kept("weights of tokens", all_found, form, own=True)
     weights = iter(made)
     return {node: [next(weights) for _ in ctx.calibration] for node in nodes}
 
@@ -83,14 +90,22 @@ def kronecker_factors(gm: GraphModule, ctx: Context, nodes: Collection[Node], na
     more than they add on average, and few sequences are seen. So a divergence comes out too low, and its shape right. Memory: `N² + K²`
     floats a linear, beside the activations of some rows; `Factors` bounds them.
     """
-    sums = {node: Kronecker.empty(edit.value(node).shape[-1], edit.value(node.all_input_nodes[0]).shape[-1]) for node in nodes}
+    sizes = {node: (edit.value(node).shape[-1], edit.value(node.all_input_nodes[0]).shape[-1]) for node in nodes}
 
-    def take(_: int, node: Node, x: Tensor, g: Tensor) -> None:
-        sums[node].take(x.float(), g.float())
+    def zeros() -> list[Tensor]:
+        made = [Kronecker.empty(N, K) for N, K in sizes.values()]
+        return [part for own in made for part in (own.outer, own.inner, own.tokens)]
 
-    parts = [part for own in sums.values() for part in (own.outer, own.inner, own.tokens)]
-    ctx.memo.filled(name, parts, lambda: _run(gm, ctx, nodes, take))
-    return {node: sums[node].factors() for node in nodes}
+    def by_node(sums: Sequence[Tensor]) -> dict[Node, Kronecker]:
+        return {node: Kronecker(*sums[3 * place : 3 * place + 3]) for place, node in enumerate(sizes)}
+
+    def take(_: int, sums: Sequence[Tensor], node: Node, x: Tensor, g: Tensor) -> None:
+        by_node(sums)[node].take(x.float(), g.float())
+
+    shapes = [torch.empty(shape, device="meta") for N, K in sizes.values() for shape in ((N, N), (K, K))]
+    kinds = [kind for outer, inner in zip(shapes[::2], shapes[1::2], strict=True) for kind in (outer, inner, COUNT)]
+    found = ctx.memo.kept(name, lambda: _run(gm, ctx, nodes, zeros, take), like(kinds))
+    return {node: own.factors() for node, own in by_node(found).items()}
 
 
 class Factors:
@@ -136,16 +151,16 @@ def _groups(nodes: Collection[Node], room: int) -> list[list[Node]]:
     return groups
 
 
-def _run(gm: GraphModule, ctx: Context, nodes: Collection[Node], take: Callable[[int, Node, Tensor, Tensor], None]) -> None:
-    """Call `take` with the number of the batch, every linear of `nodes`, its input and the gradient of its output, piece by piece."""
+def _run(gm: GraphModule, ctx: Context, nodes: Collection[Node], zeros: Callable[[], Sequence[Tensor]], take: Take) -> list[Tensor]:
+    """Sums over batches: `take` gets a batch's number, sums, and every linear of `nodes` with its input and the gradient of its output."""
     exact, twin = exact_copy(gm)
     origin = {twin[node]: node for node in nodes}
     sweep = Sweep(exact, {node: node.all_input_nodes[0] for node in origin})
-    slope = partial(sampled_slope, sweep.outputs, torch.Generator().manual_seed(ctx.seed))
+    drawn = generators(ctx.seed, len(ctx.calibration))
 
-    def give(index: int, node: Node, x: Tensor, g: Tensor) -> None:
-        take(index, origin[node], x, g)
-
-    for index, batch in enumerate(ctx.track(ctx.calibration, "gradients")):
+    def one(index: int, batch: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
+        slope = partial(sampled_slope, sweep.outputs, drawn[index])
         for piece in sweep.pieces(batch):
-            sweep.run(piece, slope, partial(give, index))
+            sweep.run(piece, slope, lambda node, x, g: take(index, sums, origin[node], x, g))
+
+    return ctx.total(zeros, one, "gradients")

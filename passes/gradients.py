@@ -1,6 +1,6 @@
 """How much the model's predictions feel a change of a value: gradients of its log likelihood, and their second moments."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -8,13 +8,16 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ir import edit
-from ir.sampling import pick
+from ir.sampling import generators, pick
 from passes.base import Context
 from passes.calibration import tokens_in
 from passes.descent import some_rows
 from passes.divergence import some_of
+from passes.packed import like
 from passes.prefix import exact_copy
-from passes.sweep import Sweep, Take
+from passes.sweep import Sweep
+
+Take = Callable[[Sequence[Tensor], Node, Tensor, Tensor], None]
 
 
 def output_sensitivity(gm: GraphModule, ctx: Context, nodes: Collection[Node], tokens: int, seed: int = 0) -> dict[Node, Tensor]:
@@ -29,39 +32,52 @@ def output_sensitivity(gm: GraphModule, ctx: Context, nodes: Collection[Node], t
         tokens: of the calibration data, spread over all batches.
         seed: of what is drawn.
     """
-    sums = {node: torch.zeros(edit.value(node).shape[-1], dtype=torch.float64) for node in nodes}
+    at = {node: place for place, node in enumerate(nodes)}
 
-    def add(node: Node, _: Tensor, gradient: Tensor) -> None:
-        sums[node] += gradient.flatten(0, -2).double().square().sum(0)
+    def zeros() -> list[Tensor]:
+        return [torch.zeros(edit.value(node).shape[-1], dtype=torch.float64) for node in at]
 
-    seen = torch.zeros((), dtype=torch.int64)
-    run = partial(take_gradients, gm, ctx, nodes, add, tokens, seed)
-    ctx.memo.filled("sensitivities", [*sums.values(), seen], lambda: seen.fill_(run()))
-    return {node: (total / max(int(seen), 1)).float() for node, total in sums.items()}
+    def add(sums: Sequence[Tensor], node: Node, _: Tensor, gradient: Tensor) -> None:
+        sums[at[node]].add_(gradient.flatten(0, -2).double().square().sum(0))
+
+    def found() -> list[Tensor]:
+        sums, seen = total_gradients(gm, ctx, nodes, zeros, add, tokens, seed)
+        return [(total / max(seen, 1)).float() for total in sums]
+
+    made = ctx.memo.kept("sensitivities", found, like([total.float() for total in zeros()]))
+    return dict(zip(at, made, strict=True))
 
 
-def take_gradients(gm: GraphModule, ctx: Context, nodes: Collection[Node], take: Take, tokens: int, seed: int = 0) -> int:
-    """Give `take` each of `nodes`, its value and the gradient there of a sampled log likelihood, piece by piece; returns the tokens seen.
+def total_gradients(
+    gm: GraphModule, ctx: Context, nodes: Collection[Node], zeros: Callable[[], Sequence[Tensor]], take: Take, tokens: int, seed: int = 0
+) -> tuple[list[Tensor], int]:
+    """Sums over batches of what each of `nodes`, its value and the gradient there of a sampled log likelihood say; and the tokens seen.
 
     Gradients are those of the graph with activations in floating point, rounded already or not.
 
     Args:
         nodes: calls.
+        zeros: makes the sums of nothing.
+        take: adds what a node, its value and its gradient on a batch have to sums.
         tokens: of the calibration data, spread over all batches.
         seed: of what is drawn.
     """
     exact, twin = exact_copy(gm)
     origin = {twin[node]: node for node in nodes}
-    sweep, seen = Sweep(exact, {node: node for node in origin}), 0
-    generator = torch.Generator().manual_seed(seed)
-    slope = partial(sampled_slope, sweep.outputs, generator)
+    sweep = Sweep(exact, {node: node for node in origin})
+    drawn = generators(seed, len(ctx.calibration))
     share = -(-tokens // len(ctx.calibration))
-    for batch in ctx.track(ctx.calibration, "gradients"):
-        rows = some_rows(batch, -(-share * len(batch[0]) // tokens_in(batch)), generator)
+
+    def one(index: int, batch: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
+        *own, seen = sums
+        rows = some_rows(batch, -(-share * len(batch[0]) // tokens_in(batch)), drawn[index])
+        slope = partial(sampled_slope, sweep.outputs, drawn[index])
         for piece in sweep.pieces(rows):
-            sweep.run(piece, slope, lambda node, value, gradient: take(origin[node], value, gradient))
+            sweep.run(piece, slope, lambda node, value, gradient: take(own, origin[node], value, gradient))
         seen += tokens_in(rows)
-    return seen
+
+    *sums, seen = ctx.total(lambda: [*zeros(), torch.zeros((), dtype=torch.int64)], one, "gradients")
+    return sums, int(seen)
 
 
 def sampled_slope(outputs: Mapping[Node, str], generator: torch.Generator, node: Node, value: Tensor) -> Tensor:

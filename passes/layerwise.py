@@ -17,6 +17,7 @@ from passes.grid import place
 from passes.observation import watch
 from passes.probe import relative_error
 from passes.progress import Progress
+from passes.ranks import Ranks
 
 QUANTILES = (0.5, 0.99, 0.999, 1.0)  # of |x|, that are told of what linears read
 OTHERS = "others"  # the part of tensors that the model itself holds
@@ -80,7 +81,7 @@ def reads(gm: GraphModule, ctx: Context) -> dict[str, Read]:
         if not waiting[source]:
             del held[source]
 
-    watch(gm, replace(ctx, calibration=[list(ctx.probe)], progress=Progress()), {*operands, *waiting}, take, "look")
+    watch(gm, replace(ctx, calibration=[list(ctx.probe)], progress=Progress(), ranks=Ranks()), {*operands, *waiting}, take, "look")
     return found
 
 

@@ -1,7 +1,8 @@
 """Streaming runs over the calibration data: what passes learn of a graph's values."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -10,33 +11,57 @@ from torch.fx import GraphModule, Node
 
 from ir import evaluate
 from ir.sites import readers
-from ir.statistics import Statistics
+from ir.statistics import Statistics, TensorStatistics
 from passes.base import Context
 from passes.calibration import take_rows, tokens_in
 from passes.packed import STATISTICS
+from passes.ranks import Ranks
 
+Zeros = Callable[[], Sequence[Tensor]]
+Take = Callable[[Sequence[Tensor], Node, Tensor], None]
 TOKENS = 16384  # that tell mean squares well enough
 
 
 def watch(gm: GraphModule, ctx: Context, sources: Collection[Node], take: Callable[[Node, Tensor], None], doing: str) -> None:
-    """Give `take` the values of `sources` on every batch, as soon as each is known; no more of the graph is run than they need.
+    """Give `take` the values of `sources` on every batch of this process, as soon as each is known.
 
     Args:
         sources: calls and inputs of the graph.
         doing: what the progress bar says.
     """
+    run = _runner(gm, sources)
+    for index in ctx.track(ctx.ranks.share(len(ctx.calibration)) if sources else (), doing):
+        run(ctx.calibration[index], take)
+
+
+def total(gm: GraphModule, ctx: Context, sources: Collection[Node], zeros: Zeros, take: Take, doing: str) -> list[Tensor]:
+    """Sums over all batches of what the values of `sources` say.
+
+    Args:
+        sources, doing: as of `watch`.
+        zeros: makes the sums of nothing.
+        take: adds what a node's value has to sums.
+    """
+    run = _runner(gm, sources)
+    return ctx.total(zeros, lambda _, batch, sums: run(batch, partial(take, sums)), doing) if sources else list(zeros())
+
+
+def _runner(gm: GraphModule, sources: Collection[Node]) -> Callable[[Sequence[Tensor], Callable[[Node, Tensor], None]], None]:
+    """What gives a function the values of nodes on a batch; no more of the graph is run than they need."""
     wanted = set(sources)
     calls = evaluate.calls_for(gm, wanted)
 
-    def tap(node: Node, value: Any) -> None:
-        if node in wanted:
-            take(node, value)
+    def run(batch: Sequence[Tensor], take: Callable[[Node, Tensor], None]) -> None:
+        def tap(node: Node, value: Any) -> None:
+            if node in wanted:
+                take(node, value)
 
-    for batch in ctx.track(ctx.calibration if wanted else (), doing):
         given = evaluate.bind(gm, batch)
         for node, value in given.items():
             tap(node, value)
         evaluate.evaluate(gm, calls, given, [], tap)
+
+    return run
 
 
 def tokens_of(value: Tensor, ctx: Context, count: int) -> Tensor:
@@ -56,17 +81,62 @@ def sampled(ctx: Context, tokens: int) -> Context:
 
 def observed(gm: GraphModule, ctx: Context, *, gram: bool = False, sketch: bool = True) -> Statistics:
     """Statistics of the inputs of all linears over the calibration data, by the path of the first layer that reads each tensor."""
-    sources = {source: found[0].path for source, found in readers(gm).items()}
+    names = {source: found[0].path for source, found in readers(gm).items()}
 
     def measured() -> Statistics:
-        statistics = Statistics()
-        watch(gm, ctx, sources, lambda node, value: statistics.observe(sources[node], value, gram=gram, sketch=sketch), "observe")
-        return statistics
+        return statistics(gm, ctx, names, "observe", gram=gram, sketch=sketch)
 
     return ctx.memo.kept("statistics", measured, STATISTICS)
 
 
+def statistics(
+    gm: GraphModule,
+    ctx: Context,
+    names: Mapping[Node, str],
+    doing: str,
+    *,
+    gram: bool = False,
+    sketch: bool = True,
+    form: Callable[[Tensor], Tensor] = lambda value: value,
+) -> Statistics:
+    """Statistics of nodes' values over the calibration data, by their names.
+
+    Extremes, sketches and moments do not depend on how many processes there are; Gram matrices by their rounding.
+
+    Args:
+        form: makes `[..., channels]` of a value.
+    """
+    count, ranks = len(ctx.calibration), ctx.ranks
+    lanes = ranks.lanes(count)
+    lane_of = {index: lane for lane, batches in enumerate(lanes) for index in batches}
+    moments: dict[int, Statistics] = {}
+    whole = Statistics()
+    run = _runner(gm, names)
+
+    def take(own: Statistics, node: Node, value: Tensor) -> None:
+        own.observe(names[node], form(value), sketch=False)
+        if gram or sketch:
+            whole.observe(names[node], form(value), gram=gram, sketch=sketch)
+
+    for index in ctx.track(ranks.share(count), doing):
+        run(ctx.calibration[index], partial(take, moments.setdefault(lane_of[index], Statistics())))
+    found = Statistics()
+    for name in names.values() if count else ():
+        found[name] = _merged(ranks, [lane % ranks.world for lane in range(len(lanes))], [own.pop(name) for own in moments.values()])
+        if gram or sketch:
+            mean, deviation = found[name].mean, found[name].deviation
+            owners = list(range(min(ranks.world, len(lanes))))
+            found[name] = replace(_merged(ranks, owners, [whole.pop(name)] if whole else []), mean=mean, deviation=deviation)
+    return found
+
+
+def _merged(ranks: Ranks, owners: Sequence[int], own: Sequence[TensorStatistics]) -> TensorStatistics:
+    """The statistics of all items, in order."""
+    found = ranks.collect(owners, [each.tensors() for each in own])
+    return reduce(TensorStatistics.merge, map(TensorStatistics.from_tensors, found))
+
+
 def mean_squares(gm: GraphModule, ctx: Context, sources: Collection[Node]) -> dict[Node, Tensor]:
     """`E[x²] [channels]` of tensors that linears read, float32, from the statistics there are or a run of its own."""
-    statistics = ctx.statistics or observed(gm, sampled(ctx, TOKENS), sketch=False)
-    return {source: statistics[found[0].path].second_moment.float() for source, found in readers(gm).items() if source in sources}
+    known = ctx.statistics or observed(gm, sampled(ctx, TOKENS), sketch=False)
+    return {source: known[found[0].path].second_moment.float() for source, found in readers(gm).items() if source in sources}

@@ -41,7 +41,7 @@ class Observe(Pass):
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Fill `ctx.statistics`; keys are the paths of the first layers that read each tensor."""
         sources = {source: found[0].path for source, found in readers(gm).items()}
-        if self.file and Path(self.file).exists():
+        if self.file and ctx.ranks.told(Path(self.file).exists):
             loaded = Statistics.load(Path(self.file))
             for source, path in sources.items():
                 found = loaded.get(path)
@@ -52,6 +52,6 @@ class Observe(Pass):
             ctx.statistics = loaded
             return len(loaded)
         ctx.statistics = observed(gm, ctx, gram=self.gram)
-        if self.file:
+        if self.file and ctx.ranks.first:
             ctx.statistics.save(Path(self.file))
         return len(ctx.statistics)

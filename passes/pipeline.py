@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ir import edit
-from ir.errors import BackendError, CoverageError, DataError, FxpressError, OptionError, PassError
+from ir.errors import BackendError, CoverageError, DataError, FxpressError, OptionError, PassError, RanksError
 from ir.memory import give_back
 from ir.text import graph_text
 from ir.verify import verify
@@ -23,7 +23,7 @@ from passes.support import refuse_unsupported
 # Greatest relative error of the outputs that rounding may cause in a pass that keeps the function, by the narrowest dtype computed in:
 # a float64 Llama computes its norms in float32.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-CALLERS = (BackendError, CoverageError, DataError, OptionError)  # what the caller can mend keeps its kind
+CALLERS = (BackendError, CoverageError, DataError, OptionError, RanksError)  # what the caller can mend keeps its kind
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,23 @@ def _run_one(step: Pass, gm: GraphModule, ctx: Context, before: tuple[Tensor, ..
         ctx.statistics = None
     after = model_outputs(gm, ctx.probe) if sites else before
     difference = relative_error(after, before)
+    _agree(step, ctx, after, limit)
     if step.effect is Effect.PRESERVE and not difference <= limit:
         raise PassError(f"{step.name()} declares the effect PRESERVE but changed the outputs by {difference:.2g} (allowed {limit:g})")
     if not all(torch.isfinite(output).all() for output in after if output.is_floating_point()):
         raise PassError(f"the outputs are not finite after {step}", remedy="a wider encoding, or more calibration data")
     return Record(str(step), step.effect, sites, seconds, difference, tuple(ctx.skipped[skipped:])), after
+
+
+def _agree(step: Pass, ctx: Context, outputs: tuple[Tensor, ...], limit: float) -> None:
+    """Refuse models that a pass has made different on different processes, by more than machines round differently."""
+    if ctx.ranks.world == 1:
+        return
+    (first,) = ctx.ranks.collect([0], [{str(index): output for index, output in enumerate(outputs)}])
+    apart = ctx.ranks.everyone(relative_error(outputs, tuple(first[str(index)] for index in range(len(outputs)))))
+    other = next((rank for rank, error in enumerate(apart) if not error <= limit), None)
+    if other is not None and all(torch.isfinite(output).all() for output in first.values() if output.is_floating_point()):
+        raise RanksError(f"after {step} process {other} has another model than process 0", remedy="use machines of one kind for all")
 
 
 def _rounding(gm: GraphModule) -> float:

@@ -70,12 +70,13 @@ class Prefix:
     ) -> None:
         self.gm, self.ctx, self.pending, self.weights = gm, ctx, pending, weights
         outside, self.cut = blocks(gm)
-        self.now = Stream(gm, outside, [{} for _ in ctx.calibration])
+        own = ctx.ranks.share(len(ctx.calibration))
+        self.now = Stream(gm, outside, own)
         self.was: Stream | None = None
         self.done: set[Node] = set()
         if exact:
             copy, self.twin = exact_copy(gm)
-            self.was = Stream(copy, [self.twin[node] for node in outside], [{} for _ in ctx.calibration])
+            self.was = Stream(copy, [self.twin[node] for node in outside], own)
             self.done.update(self.was.outside)
 
     def inputs(self, doing: str) -> Iterator[Inputs]:
@@ -84,7 +85,7 @@ class Prefix:
 
     def sources(self, doing: str) -> Iterator[Source]:
         """All pending layers, tensor by tensor. What was rounded before needs no inputs: blocks are run when later ones need them."""
-        walk = Walk(self.ctx.memo.latest(f"{doing}, the stream"), self._advance, self._stored, self._restore)
+        walk = Walk(self.ctx.memo.latest(f"{doing}, the stream", own=True), self._advance, self._stored, self._restore)
         for number, block in enumerate(self.ctx.track(self.cut, doing)):
             for source in dict.fromkeys(node.args[0] for node in block.nodes if node in self.pending):
                 assert isinstance(source, Node)
@@ -95,26 +96,32 @@ class Prefix:
         walk.reach(number)
         block, size = self.cut[number], edit.value(source).shape[-1]
         wanted = {layer.node: self.weights[layer.node] for layer in layers if layer.node in self.weights}
-        grams = {node: torch.zeros(weights[0].shape[1], size, size) for node, weights in wanted.items()}
-        gram, cross, total = torch.zeros(size, size), torch.zeros(size, size) if self.was else None, torch.zeros(size)
-        count = 0
-        for index, batch in enumerate(self.ctx.calibration):
+        exact = self.twin[before_rounding(source)] if self.was is not None else None
+
+        def zeros() -> list[Tensor]:
+            cross = torch.zeros(size, size) if exact is not None else torch.zeros(0)
+            of_groups = [torch.zeros(weights[0].shape[1], size, size) for weights in wanted.values()]
+            return [torch.zeros((), dtype=torch.int64), torch.zeros(size), torch.zeros(size, size), cross, *of_groups]
+
+        def take(index: int, batch: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
+            count, total, gram, cross, *of_groups = sums
             x = self.now.values(block, index, batch, [source])[source].flatten(0, -2).float()
             gram.addmm_(x.T, x)
             total += x.sum(0)
             count += len(x)
-            for node, weights in wanted.items():
-                for of_group, w in zip(grams[node], weights[index].T, strict=True):
+            for of_layer, weights in zip(of_groups, wanted.values(), strict=True):
+                for of_group, w in zip(of_layer, weights[index].T, strict=True):
                     of_group.addmm_((x * w[:, None]).T, x)
-            if self.was is not None and cross is not None:
-                exact = self.twin[before_rounding(source)]
+            if self.was is not None and exact is not None:
                 cross.addmm_(self.was.values(self._twin(block), index, batch, [exact])[exact].flatten(0, -2).float().T, x)
-        n = max(count, 1)
-        of_groups = {node: found / n for node, found in grams.items()}
-        return Inputs(layers, finite(gram, source) / n, None if cross is None else cross / n, of_groups, total / n)
+
+        count, total, gram, cross, *of_groups = self.ctx.total(zeros, take)
+        n = max(int(count), 1)
+        grams = {node: found / n for node, found in zip(wanted, of_groups, strict=True)}
+        return Inputs(layers, finite(gram, source) / n, None if exact is None else cross / n, grams, total / n)
 
     def _advance(self, number: int) -> None:
-        """Let both streams enter the block after that of this number."""
+        """Let both streams enter the block after that of this number: what they have of this process's own batches."""
         self.now.enter(self.cut[number], self.ctx.calibration)
         if self.was is not None:
             self.was.enter(self._twin(self.cut[number]), self.ctx.calibration)

@@ -18,15 +18,17 @@ class Progress:
 
     Args:
         lines: where there is no terminal, print a plain line when each long loop ends.
+        silent: show nothing: another process does.
     """
 
     lines: bool = False
+    silent: bool = False
 
     def track(self, items: Iterable[T], doing: str) -> Iterator[T]:
         """`items`, one by one, with a bar on standard error."""
         total = len(items) if isinstance(items, Sized) else None
         console = Console(stderr=True)
-        if console.is_terminal:
+        if console.is_terminal and not self.silent:
             yield from track(items, description=doing, total=total, console=console, transient=True)
             return
         started = time.perf_counter()
@@ -36,5 +38,5 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A plain line on standard error, if lines are wanted."""
-        if self.lines:
+        if self.lines and not self.silent:
             print(text, file=sys.stderr, flush=True)

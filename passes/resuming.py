@@ -27,6 +27,7 @@ from passes.calls import call_text
 from passes.loops import State
 from passes.memo import DAMAGE, Memo, Tensors
 from passes.packed import Form, same_kind
+from passes.ranks import Ranks
 from passes.recipe import calibration_fingerprint, fingerprint, weights_fingerprint
 
 if TYPE_CHECKING:
@@ -42,10 +43,11 @@ class Results:
     Args:
         memo: where results are kept.
         of: what the compile is, for `fxpress cache`.
+        ranks: the processes of the compile: what the first one finds all get, and it alone keeps what all have made.
     """
 
-    def __init__(self, memo: Memo | None = None, of: str = "") -> None:
-        self.memo, self.what_for = memo, of
+    def __init__(self, memo: Memo | None = None, of: str = "", ranks: Ranks | None = None) -> None:
+        self.memo, self.what_for, self.ranks = memo, of, ranks or Ranks()
         self.base = self.chain = self.step = ""
         self.name, self.here = "", False
         self.asked = self.found = 0
@@ -95,7 +97,7 @@ class Results:
         else:
             self.chain = _digest(self.chain, str(step), _files(step), "" if changed else graph_text(gm))
 
-    def kept(self, name: str, make: Callable[[], T], form: Form[T]) -> T:
+    def kept(self, name: str, make: Callable[[], T], form: Form[T], *, own: bool = False) -> T:
         """A result that was kept, or what `make` gives, which is.
 
         Names may repeat: a result is known by how often its name was asked for, within the result that is being made. So the order in which
@@ -105,26 +107,30 @@ class Results:
             name: of the result within the step.
             make: what computes it; results that it asks for are parts of this one, and loops within it are over when it is kept.
             form: how it is a dict of tensors.
+            own: each process has another one, made without the others, and keeps it.
         """
         if not self.here or self.memo is None:
             return make()
-        key, what = self._key(name)
+        key, what = self._key(self._own(name) if own else name)
         self.asked += 1
-        held = self.memo.get(key)
+        held = self.memo.get(key) if own or self.ranks.first else None
+        held = held if own else self.ranks.given(held)
         if held is not None:
             try:
                 value = form.restore(held)
                 self.found += 1
                 return value
             except (DataError, *DAMAGE):
-                self.memo.damaged(key)
+                if own or self.ranks.first:
+                    self.memo.damaged(key)
         first = len(self.slots)
         self.scope.append(what)
         try:
             value = make()
         finally:
             self.scope.pop()
-        self.memo.put(key, form.store(value), f"{self.name}: {name}", self.what_for)
+        if own or self.ranks.first:
+            self.memo.put(key, form.store(value), f"{self.name}: {name}", self.what_for)
         for slot in self.slots[first:]:
             slot.drop()
         del self.slots[first:]
@@ -148,10 +154,15 @@ class Results:
         form: Form[None] = Form(lambda _: {str(index): tensor for index, tensor in enumerate(whole)}, restore)
         self.kept(name, made, form)
 
-    def latest(self, name: str) -> "Slot":
-        """Where the state of a long loop is kept, each in place of the last; it goes when the result that the loop is part of is kept."""
+    def latest(self, name: str, *, own: bool = False) -> "Slot":
+        """Where the state of a long loop is kept, each in place of the last; it goes when the result that the loop is part of is kept.
+
+        Args:
+            own: as of `kept`.
+        """
         memo = self.memo if self.here else None
-        slot = Slot(memo, *(self._key(name) if memo else ("", "")), f"{self.name}: {name}, so far", self.what_for)
+        key, what = self._key(self._own(name) if own else name) if memo else ("", "")
+        slot = Slot(memo, key, what, f"{self.name}: {name}, so far", self.what_for, Ranks() if own else self.ranks)
         if memo:
             self.slots.append(slot)
         return slot
@@ -186,7 +197,11 @@ class Results:
 
     def knows(self, names: Sequence[str]) -> bool:
         """Whether there is an entry for each of some names that are asked for next, each for the first time."""
-        return self.here and self.memo is not None and all(self.memo.has(_digest(self.step, *self.scope, f"{name}#0")) for name in names)
+        memo = self.memo if self.here else None
+        return memo is not None and self.ranks.told(lambda: all(memo.has(_digest(self.step, *self.scope, f"{name}#0")) for name in names))
+
+    def _own(self, name: str) -> str:
+        return f"{name}, process {self.ranks.rank} of {self.ranks.world}" if self.ranks.world > 1 else name
 
     def _key(self, name: str) -> tuple[str, str]:
         """The key of a result that is asked for now, and its name among its like."""
@@ -199,25 +214,28 @@ class Results:
 class Slot:
     """The latest state of a long loop."""
 
-    def __init__(self, memo: Memo | None, key: str, name: str, what: str, of: str) -> None:
-        self.memo, self.key, self.name, self.what, self.of = memo, key, name, what, of
+    def __init__(self, memo: Memo | None, key: str, name: str, what: str, of: str, ranks: Ranks) -> None:
+        self.memo, self.key, self.name, self.what, self.of, self.ranks = memo, key, name, what, of, ranks
         self.saved, self.spent = time.perf_counter(), 0.0
 
     def restored(self, restore: Callable[[Tensors], T]) -> T | None:
         """What `restore` makes of the state; None if there is none, or if `restore` finds that it does not fit."""
-        held = self.memo.get(self.key) if self.memo else None
-        if held is None or self.memo is None:
+        if self.memo is None:
+            return None
+        held = self.ranks.given(self.memo.get(self.key) if self.ranks.first else None)
+        if held is None:
             return None
         try:
             return restore(held)
         except (DataError, *DAMAGE):
-            self.memo.damaged(self.key)
+            if self.ranks.first:
+                self.memo.damaged(self.key)
             return None
 
     def put(self, make: Callable[[], Tensors | None], seconds: float = 0.0) -> None:
         """Keep a state, if the last one is some seconds old, and ten times as old as keeping it took; None is no state."""
         began = time.perf_counter()
-        if self.memo is None or not self.memo.writes or began - self.saved < max(seconds, SHARE * self.spent):
+        if self.memo is None or not (self.memo.writes and self.ranks.first) or began - self.saved < max(seconds, SHARE * self.spent):
             return
         tensors = make()
         if tensors is not None:
@@ -227,7 +245,7 @@ class Slot:
 
     def drop(self) -> None:
         """Remove the state."""
-        if self.memo is not None:
+        if self.memo is not None and self.ranks.first:
             self.memo.forget(self.key)
 
 

@@ -207,5 +207,7 @@ def _samples(gm: GraphModule, ctx: Context, sources: Collection[Node]) -> dict[N
     kept: dict[Node, list[Tensor]] = {source: [] for source in sources}
     watch(gm, ctx, kept, lambda source, value: kept[source].append(tokens_of(value, ctx, SAMPLE).float()), "sample")
     generator = torch.Generator().manual_seed(0)
-    joined = {source: torch.cat(rows) for source, rows in kept.items()}
+    owners = ctx.ranks.owners(len(ctx.calibration))
+    every = {source: ctx.ranks.collect(owners, [{"": own} for own in rows]) for source, rows in kept.items()}
+    joined = {source: torch.cat([own[""] for own in rows]) for source, rows in every.items()}
     return {source: rows[torch.randperm(len(rows), generator=generator)] for source, rows in joined.items()}

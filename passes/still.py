@@ -1,10 +1,11 @@
 """`still_inputs`: the inputs of layers, block after block, of a graph that does not change meanwhile."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ir import edit, numerics
@@ -42,7 +43,7 @@ def still_sources(
         roundings: encodings of inputs whose errors are wanted, by tensor; static ones are rounded over each batch's own range.
     """
     still = _Still(gm, ctx, roundings)
-    walk = Walk(ctx.memo.latest(f"{doing}, the stream"), still.advance, still.stored, still.restore)
+    walk = Walk(ctx.memo.latest(f"{doing}, the stream", own=True), still.advance, still.stored, still.restore)
     for number, block in enumerate(ctx.track(still.cut, doing)):
         readers: dict[Node, list[Layer]] = {}
         for node in block.nodes:
@@ -59,7 +60,7 @@ class _Still:
     def __init__(self, gm: GraphModule, ctx: Context, roundings: Roundings) -> None:
         self.gm, self.ctx, self.roundings = gm, ctx, roundings
         outside, self.cut = blocks(gm)
-        self.stream = Stream(gm, outside, [{} for _ in ctx.calibration])
+        self.stream = Stream(gm, outside, ctx.ranks.share(len(ctx.calibration)))
 
     def advance(self, number: int) -> None:
         """Let the stream enter the block after that of this number."""
@@ -82,26 +83,31 @@ class _Still:
         return found[source]
 
     def _of_block(self, number: int, readers: dict[Node, list[Layer]]) -> dict[Node, Inputs]:
-        block = self.cut[number]
-        grams = {source: torch.zeros(2 * (edit.value(source).shape[-1],)) for source in readers}
-        totals = {source: torch.zeros(edit.value(source).shape[-1]) for source in readers}
-        noise = {source: {encoding: torch.zeros_like(grams[source]) for encoding in self.roundings.get(source, ())} for source in readers}
+        block, count = self.cut[number], max(sum(map(tokens_in, self.ctx.calibration)), 1)
+        roundings = {source: list(self.roundings.get(source, ())) for source in readers}
         leaving = () if block is self.cut[-1] else block.exit
-        count = 0
-        for index, batch in enumerate(self.ctx.calibration):
+
+        def zeros() -> list[Tensor]:
+            sizes = {source: edit.value(source).shape[-1] for source in readers}
+            return [torch.zeros(shape) for source, K in sizes.items() for shape in ((K,), (K, K), *((K, K) for _ in roundings[source]))]
+
+        def by_source(sums: Sequence[Tensor]) -> dict[Node, tuple[Tensor, Tensor, dict[Encoding, Tensor]]]:
+            rest = iter(sums)
+            return {source: (next(rest), next(rest), {each: next(rest) for each in found}) for source, found in roundings.items()}
+
+        def take(index: int, batch: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
             values = self.stream.values(block, index, batch, [*readers, *leaving])
-            for source, gram in grams.items():
+            for source, (total, gram, noise) in by_source(sums).items():
                 x = values[source].flatten(0, -2).float()
                 gram.addmm_(x.T, x)
-                totals[source] += x.sum(0)
-                for encoding, errors in noise[source].items():
+                total.add_(x.sum(0))
+                for encoding, errors in noise.items():
                     e = x - numerics.fake_quantize(values[source], encoding).flatten(0, -2).float()
                     errors.addmm_(e.T, e)
             self.stream.entering[index] = {node: contiguous(values[node]) for node in leaving}
-            count += tokens_in(batch)
-        n = max(count, 1)
-        errors_of = {source: {encoding: errors / n for encoding, errors in own.items()} for source, own in noise.items()}
-        return {
-            source: Inputs(layers, finite(grams[source], source) / n, None, {}, totals[source] / n, errors_of[source])
-            for source, layers in readers.items()
-        }
+
+        found = {}
+        for source, (total, gram, noise) in by_source(self.ctx.total(zeros, take)).items():
+            errors_of = {encoding: errors / count for encoding, errors in noise.items()}
+            found[source] = Inputs(readers[source], finite(gram, source) / count, None, {}, total / count, errors_of)
+        return found

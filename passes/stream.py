@@ -17,11 +17,22 @@ Values = dict[Node, Any]
 
 @dataclass
 class Stream:
-    """A graph, its nodes outside of the residual stream, and what enters the next block, for each batch."""
+    """A graph, its nodes outside of the residual stream, and what enters the next block, for each batch of this process.
+
+    Args:
+        gm: the graph.
+        outside: nodes.
+        own: the numbers of the batches.
+        entering: values by batch.
+    """
 
     gm: GraphModule
     outside: list[Node]
-    entering: list[Values] = field(default_factory=list)
+    own: Sequence[int]
+    entering: dict[int, Values] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.entering = {index: {} for index in self.own}
 
     def values(self, block: Block, index: int, batch: Sequence[Tensor], keep: Sequence[Node]) -> Values:
         """The values of `keep`, nodes of the block, for one batch."""
@@ -34,24 +45,23 @@ class Stream:
 
     def enter(self, block: Block, calibration: Sequence[Sequence[Tensor]]) -> None:
         """Run a block, and let what leaves it enter the next one: in one order in memory, as it is when it was kept on disk."""
-        found = (self.values(block, index, batch, block.exit) for index, batch in enumerate(calibration))
-        self.entering = [{node: contiguous(value) for node, value in values.items()} for values in found]
+        for index in self.own:
+            values = self.values(block, index, calibration[index], block.exit)
+            self.entering[index] = {node: contiguous(value) for node, value in values.items()}
 
     def stored(self, name: str) -> Tensors | None:
         """All that enters the next block, by names that begin with one; None if not all of it are tensors."""
-        found = {
-            f"{name}.{index}.{place}": value for index, values in enumerate(self.entering) for place, value in enumerate(values.values())
-        }
+        found = {f"{name}.{index}.{place}": value for index, values in self.entering.items() for place, value in enumerate(values.values())}
         return found if all(isinstance(value, Tensor) for value in found.values()) else None
 
-    def restored(self, held: Tensors, name: str, nodes: Sequence[Node]) -> list[Values]:
+    def restored(self, held: Tensors, name: str, nodes: Sequence[Node]) -> dict[int, Values]:
         """What `stored` gave, as the values of `nodes`.
 
         Raises:
             DataError: tensors of another kind.
         """
-        found = [{node: held[f"{name}.{index}.{place}"] for place, node in enumerate(nodes)} for index in range(len(self.entering))]
-        for node, value in (pair for values in found for pair in values.items()):
+        found = {index: {node: held[f"{name}.{index}.{place}"] for place, node in enumerate(nodes)} for index in self.own}
+        for node, value in (pair for values in found.values() for pair in values.items()):
             if value.dtype != edit.value(node).dtype or value.ndim != edit.value(node).ndim:
                 raise DataError("the stream is of another kind", where=edit.module_path(node))
         return found

@@ -1,5 +1,6 @@
 """`Trial`: how far the model is from itself with some of its linears rounded, or smaller, measured without a copy of it."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,8 @@ from passes.divergence import of_outputs, own_outputs
 from passes.fit import Fit
 from passes.forms import WHOLE, Cuts, Form
 from passes.packed import numbers
+from passes.prefix import Inputs
+from passes.spread import coded, tensors
 from passes.still import still_inputs
 
 Variant = Mapping[Layer, Form]  # the linears that are changed, and into what
@@ -58,17 +61,22 @@ class Trial:
 
     def _divergences(self, variants: Sequence[Variant]) -> list[float]:
         self._round(dict.fromkeys(item for forms in variants for item in forms.items()))
-        totals, tokens = [0.0] * len(variants), 0
-        for batch in self.ctx.track(self.held, "measure"):
-            count = tokens_in(batch)
-            exact, _ = self._run(batch, {})
-            first, entering = self._run(batch, variants[0])
-            for index, forms in enumerate(variants):
-                start = self._parting(variants[0], forms)
-                found = first | self._run(batch, forms, start, entering[start])[0] if index else first
-                totals[index] += count * float(of_outputs(found, exact, self.outputs))
-            tokens += count
-        return [total / max(tokens, 1) for total in totals]
+        ranks, counts = self.ctx.ranks, [tokens_in(batch) for batch in self.held]
+        own = [(index, self._measured(self.held[index], variants)) for index in self.ctx.track(ranks.share(len(self.held)), "measure")]
+        measured = dict(pair for said in ranks.everyone(own) for pair in said)
+        totals = [sum(count * measured[index][variant] for index, count in enumerate(counts)) for variant in range(len(variants))]
+        return [total / max(sum(counts), 1) for total in totals]
+
+    def _measured(self, batch: Sequence[Tensor], variants: Sequence[Variant]) -> list[float]:
+        """Of every variant on one batch."""
+        exact, _ = self._run(batch, {})
+        first, entering = self._run(batch, variants[0])
+        measured = []
+        for index, forms in enumerate(variants):
+            start = self._parting(variants[0], forms)
+            found = first | self._run(batch, forms, start, entering[start])[0] if index else first
+            measured.append(float(of_outputs(found, exact, self.outputs)))
+        return measured
 
     def _plan(self, block: Block) -> tuple[list[Node], list[Node]]:
         """The calls of a block, and what they need from outside of the stream; and the values to keep."""
@@ -118,11 +126,19 @@ class Trial:
         if not missing:
             return
         pending = {node: layer for node, forms in missing.items() for layer, _, _ in forms}
+        owner = self.ctx.ranks.dealt({key: math.prod(form.shape_of(key[0])) for forms in missing.values() for key, form in forms.items()})
         for inputs in still_inputs(self.gm, self.ctx, pending, "round for measuring"):
-            for layer in inputs.layers:
-                for key, form in missing[layer.node].items():
-                    fit = Fit.of(self.gm, layer, inputs, self.cuts.columns(layer, form), self.cuts.damping)
-                    self.codes[key] = *fit.round(self.rounding, form.weight), fit.bias
+            items = [(layer, key, form) for layer in inputs.layers for key, form in missing[layer.node].items()]
+            own = (self._coded(inputs, layer, form) for layer, key, form in items if owner[key] == self.ctx.ranks.rank)
+            found = self.ctx.ranks.collect([owner[key] for _, key, _ in items], own)
+            for (_, key, _), parts in zip(items, found, strict=True):
+                self.codes[key] = *coded(parts), parts.get("bias")
+
+    def _coded(self, inputs: Inputs, layer: Layer, form: Form) -> dict[str, Tensor]:
+        """A linear's codes in a form, and what is added to its bias."""
+        fit = Fit.of(self.gm, layer, inputs, self.cuts.columns(layer, form), self.cuts.damping)
+        found = tensors(fit.round(self.rounding, form.weight))
+        return found if fit.bias is None else found | {"bias": fit.bias}
 
 
 def hold_out(ctx: Context, tokens: int, seed: int) -> tuple[Context, list[list[Tensor]]]:

@@ -30,14 +30,15 @@ def _losses(gm: GraphModule, ctx: Context, units: Sequence[Units], tokens: int) 
     outputs = own_outputs(gm)
     nodes = evaluate.calls_for(gm, outputs)
     batches = sampled(ctx, tokens).calibration
-    found: list[list[Tensor]] = [[] for _ in units]
-    for batch in ctx.track(batches, "measure units"):
-        given = evaluate.bind(gm, batch)
+    found: dict[int, list[float]] = {}
+    for index in ctx.track(ctx.ranks.share(len(batches)), "measure units"):
+        given, found[index] = evaluate.bind(gm, batches[index]), []
         exact = evaluate.evaluate(gm, nodes, given, list(outputs))
-        for of_unit, own in zip(found, units, strict=True):
+        for own in units:
             instead = {branch.value: partial(_nothing, branch.value.target) for branch in own.branches}
-            of_unit.append(of_outputs(evaluate.evaluate(gm, nodes, given, list(outputs), instead=instead), exact, outputs))
-    return [torch.stack(of_unit).mean()[None] for of_unit in found]
+            found[index].append(float(of_outputs(evaluate.evaluate(gm, nodes, given, list(outputs), instead=instead), exact, outputs)))
+    every = sorted(pair for said in ctx.ranks.everyone(list(found.items())) for pair in said)
+    return list(torch.tensor([of_units for _, of_units in every]).mean(0, keepdim=True).T)
 
 
 def _nothing(target: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,9 +11,10 @@ from ir import edit
 from ir.channels import Member
 from ir.sites import Layer, readers
 from passes.base import Context
-from passes.gradients import take_gradients
+from passes.gradients import total_gradients
 from passes.kinds import Units, summed
-from passes.observation import TOKENS, mean_squares, sampled, watch
+from passes.observation import TOKENS, mean_squares, sampled, total
+from passes.packed import like
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,18 @@ def wanda(gm: GraphModule, ctx: Context, units: Sequence[Units], tokens: int, se
 def _moments(gm: GraphModule, ctx: Context, nodes: Collection[Node]) -> dict[Node, Tensor]:
     """`E[x²] [channels]`, float32: of tensors that linears read from the statistics there are, if there are."""
     found = mean_squares(gm, ctx, nodes) if set(readers(gm)).issuperset(nodes) else {}
-    sums = {node: torch.zeros(edit.value(node).shape[-1], dtype=torch.float64) for node in nodes if node not in found}
-    seen = dict.fromkeys(sums, 0)
+    at = {node: 2 * place for place, node in enumerate(node for node in nodes if node not in found)}
 
-    def add(node: Node, x: Tensor) -> None:
+    def zeros() -> list[Tensor]:
+        return [sums for node in at for sums in (torch.zeros(edit.value(node).shape[-1], dtype=torch.float64), torch.zeros(()).long())]
+
+    def add(sums: Sequence[Tensor], node: Node, x: Tensor) -> None:
         rows = x.flatten(0, -2).double()
-        sums[node] += rows.square().sum(0)
-        seen[node] += len(rows)
+        sums[at[node]].add_(rows.square().sum(0))
+        sums[at[node] + 1].add_(len(rows))
 
-    if sums:
-        watch(gm, sampled(ctx, TOKENS), sums, add, "observe")
-    return found | {node: (total / max(seen[node], 1)).float() for node, total in sums.items()}
+    sums = total(gm, sampled(ctx, TOKENS), at, zeros, add, "observe")
+    return found | {node: (sums[place] / max(int(sums[place + 1]), 1)).float() for node, place in at.items()}
 
 
 def source(layer: Layer) -> Node:
@@ -100,21 +101,24 @@ def fisher(gm: GraphModule, ctx: Context, units: Sequence[Units], tokens: int, s
 
 def _felt(gm: GraphModule, ctx: Context, units: Sequence[Units], tokens: int, seed: int, of: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """The mean over tokens of a function of `Σ_j g_j x_j`, `g` the gradient of a sampled log likelihood where dropping a unit is felt."""
-    sums = [torch.zeros(own.size, dtype=torch.float64) for own in units]
     at: dict[Node, list[tuple[int, Tensor]]] = {}
     for index, own in enumerate(units):
         for x, channels in own.felt.items():
             at.setdefault(x, []).append((index, channels))
 
-    def add(node: Node, x: Tensor, gradient: Tensor) -> None:
+    def zeros() -> list[Tensor]:
+        return [torch.zeros(own.size, dtype=torch.float64) for own in units]
+
+    def add(sums: Sequence[Tensor], node: Node, x: Tensor, gradient: Tensor) -> None:
         product = (x * gradient).flatten(0, -2).double()
         for index, channels in at[node]:
-            sums[index] += of(summed(product, channels, units[index].size)).sum(0)
+            sums[index].add_(of(summed(product, channels, units[index].size)).sum(0))
 
-    seen = torch.zeros((), dtype=torch.int64)
-    run = partial(take_gradients, gm, ctx, at, add, tokens, seed)
-    ctx.memo.filled("scores", [*sums, seen], lambda: seen.fill_(run()))
-    return [(total / max(int(seen), 1)).float() for total in sums]
+    def found() -> list[Tensor]:
+        sums, seen = total_gradients(gm, ctx, at, zeros, add, tokens, seed)
+        return [(total / max(seen, 1)).float() for total in sums]
+
+    return ctx.memo.kept("scores", found, like([total.float() for total in zeros()]))
 
 
 CRITERIA: dict[str, Criterion] = {

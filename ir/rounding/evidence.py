@@ -76,9 +76,12 @@ class Rounding(ABC):
     """A method that gives a weight its codes; a frozen dataclass whose fields are its options.
 
     A method names in `needs` the parts of `Evidence` without which it cannot work, and defines `solve`. What calls it gathers just these.
+    It sets `by_rows` if what a row of a weight gets depends on no other row, where these share no scale: several processes may then round
+    rows of one weight.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
+    by_rows: ClassVar[bool] = False
 
     def round_weight(self, W: Tensor, encoding: Encoding, evidence: Evidence = NOTHING) -> tuple[Tensor, QParams]:
         """Codes `[N, K]` of a weight as `numerics` states them, and their parameters with float16 scales; `W` is not changed.

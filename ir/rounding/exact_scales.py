@@ -32,6 +32,7 @@ class ExactScales(Rounding):
     search: bool = True
     sweeps: int = 4
     needs: ClassVar[tuple[str, ...]] = ("gram",)
+    by_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.sweeps < 1:

@@ -37,6 +37,7 @@ class GPTQ(Rounding):
     search: bool = True
     sweeps: int = 3
     needs: ClassVar[tuple[str, ...]] = ("gram",)
+    by_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.damping < 0 or self.block < 1 or self.sweeps < 0:

@@ -31,6 +31,7 @@ class Guided(GPTQ):
 
     groups: int = 4
     needs: ClassVar[tuple[str, ...]] = ("grams",)
+    by_rows: ClassVar[bool] = False  # which Hessian a row has is told by its place among all
 
     def __post_init__(self) -> None:
         super().__post_init__()

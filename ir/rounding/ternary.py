@@ -56,6 +56,7 @@ class Ternary(Rounding):
     act_order: bool = False
     sweeps: int = 3
     needs: ClassVar[tuple[str, ...]] = ("gram",)
+    by_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self._loop()

@@ -3,7 +3,7 @@ import torch
 
 from ir import edit, evaluate
 from ir.sites import layers
-from passes.gradients import output_sensitivity, take_gradients
+from passes.gradients import output_sensitivity, total_gradients
 from tests.families import load
 from tests.passes.samples import context, run, tokens
 
@@ -65,7 +65,7 @@ def test_values_come_with_their_gradients_rounded_activations_or_not():
     for graph in (gm, rounded):
         (layer,) = [layer for layer in layers(graph) if layer.path.endswith("1.mlp.up_proj")]
         seen = []
-        count = take_gradients(graph, ctx, [layer.node], lambda *given, seen=seen: seen.append(given), tokens=96, seed=2)
+        _, count = total_gradients(graph, ctx, [layer.node], list, lambda _, *given, seen=seen: seen.append(given), tokens=96, seed=2)
         assert count == sum(value[..., 0].numel() for _, value, _ in seen) == 96
         assert all(node is layer.node and value.shape == gradient.shape for node, value, gradient in seen)
         found.append([tensor for _, *pair in seen for tensor in pair])

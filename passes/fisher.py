@@ -76,7 +76,7 @@ def kronecker_factors(gm: GraphModule, ctx: Context, nodes: Collection[Node]) ->
         sums.setdefault(node, Kronecker(torch.zeros(N, N), torch.zeros(K, K))).take(x.float(), g.float())
 
     _run(gm, ctx, nodes, take)
-    return {node: sums[node].factors() for node in nodes}
+    return {node: sums.pop(node).factors() for node in nodes}
 
 
 class Factors:

@@ -105,7 +105,9 @@ def kronecker_factors(gm: GraphModule, ctx: Context, nodes: Collection[Node], na
     shapes = [torch.empty(shape, device="meta") for N, K in sizes.values() for shape in ((N, N), (K, K))]
     kinds = [kind for outer, inner in zip(shapes[::2], shapes[1::2], strict=True) for kind in (outer, inner, COUNT)]
     found = ctx.memo.kept(name, lambda: _run(gm, ctx, nodes, zeros, take), like(kinds))
-    return {node: own.factors() for node, own in by_node(found).items()}
+    sums = by_node(found)
+    found.clear()
+    return {node: sums.pop(node).factors() for node in nodes}
 
 
 class Factors:

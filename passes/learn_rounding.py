@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from ir import evaluate
 from ir.errors import DataError, OptionError
+from ir.memory import give_back
 from ir.rounding import METHODS, Nearest
 from ir.signature import Signature
 from ir.sites import Layer
@@ -101,6 +102,7 @@ class LearnRounding(Pass):
         linears = [layer for layer in pending if layer.kind == "Linear"]
         if linears:
             learned = list(self._begun(gm, ctx, linears))
+            give_back()  # the start took factors, and matrices to factor them
             ctx.memo.filled("codes and scales", _learned(learned), lambda: self._descend(gm, ctx, learned))
             for codes in learned:
                 set_codes(gm, codes.layer, codes.encoding, *codes.result())

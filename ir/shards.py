@@ -105,4 +105,4 @@ def _write(file: BinaryIO, name: str, tensor: Deferred) -> None:
     if (made.dtype, tuple(made.shape)) != (tensor.dtype, tensor.shape):
         raise DataError(f"{made.dtype} {list(made.shape)} was made where {tensor.dtype} {list(tensor.shape)} was announced", where=name)
     for chunk in torch.split(made.contiguous().reshape(-1).view(torch.uint8), CHUNK):
-        file.write(memoryview(chunk.numpy()))
+        file.write(chunk.numpy().data)

@@ -18,11 +18,13 @@ from backends.hf.quantized import Rounded, remarks, rounded_linears
 from backends.hf.schema import Quantization
 from backends.hf.shapes import empty, fitting, numbers, parameters, sizes, tied
 from backends.hf.survey import WHERE, survey
+from backends.hf.writing import write_model
 from ir import edit
 from ir.capture import capture
 from ir.checkpoints import CONFIG, bounded, check_checkpoint
 from ir.errors import BackendError, DataError, FxpressError
 from ir.files import inside
+from ir.shards import Deferred
 from ir.sites import layers
 
 State = dict[str, Tensor]
@@ -61,13 +63,11 @@ class Checkpoint:
 
     def save(self, directory: Path) -> None:
         """Write `config.json`, `generation_config.json` if the model generates, and safetensors under the names of its class."""
-        state = self.model.state_dict()
-        for name, linear in self.linears.items():
-            state |= {f"{name}.{part}": tensor for part, tensor in linear.tensors()}
-        state |= dict(self.cache.tensors() if self.cache else ())
         if self.quantization is not None:
             self.model.config.quantization_config = self.quantization
-        self.model.save_pretrained(directory, state_dict=state, max_shard_size=self.shard)
+        packed = {f"{name}.{part}": tensor for name, linear in self.linears.items() for part, tensor in linear.tensors()}
+        packed |= {name: Deferred.of(scale) for name, scale in (self.cache.tensors() if self.cache else ())}
+        write_model(self.model, packed, directory, self.shard)
 
     def report(self) -> dict[str, Any]:
         """The numbers of the configuration that are new, and what it states of compressed weights."""
@@ -88,7 +88,7 @@ def lower(gm: GraphModule, notes: list[str], shard: str = "5GB") -> Checkpoint:
     floats |= {name: tensor for name, tensor in norm_vectors(gm, original, floats).items() if name in known}
     dtype = next(iter(floats.values())).dtype
     rounded, cache = rounded_linears(gm, dtype), rounded_cache(gm, original, dtype)
-    wanted = sizes(floats) | {f"{name}.weight": tuple(linear.codes.shape) for name, linear in rounded.items()}
+    wanted = sizes(floats) | {f"{name}.weight": linear.shape for name, linear in rounded.items()}
     left = _left(known, wanted)
     state = {_renumbered(name, left): tensor for name, tensor in floats.items()}
     linears = {_renumbered(name, left): linear for name, linear in rounded.items()}
@@ -158,8 +158,8 @@ def _compressed(
     for name, scheme in stated.schemes(linear_names(described)).items():
         own = {part: state.pop(f"{name}.{part}") for part in parts.pop(name, {}) if part != "bias"}
         linears[name] = Rounded.read(scheme, own)
-        if linears[name].codes.shape != described.get_submodule(name).weight.shape:
-            raise DataError(f"{name} has weights of the shape {list(linears[name].codes.shape)}", where=str(directory))
+        if linears[name].shape != tuple(described.get_submodule(name).weight.shape):
+            raise DataError(f"{name} has weights of the shape {list(linears[name].shape)}", where=str(directory))
     there = state.keys() | {f"{name}.weight" for name in linears}
     missing = sorted(name for name, names in tied(described).items() if names.isdisjoint(there))
     if missing:

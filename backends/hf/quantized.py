@@ -19,7 +19,7 @@ from ir.ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 from ir.shards import Deferred
 from ir.sites import Layer, layers
 
-ROWS = 4096  # packed at once
+CODES = 1 << 22  # packed at once: each takes up to 16 bytes on the way
 
 
 class Rounded(nn.Module):
@@ -145,12 +145,16 @@ class Rounded(nn.Module):
 
 def _packed(codes: Tensor, encoding: Encoding) -> Tensor:
     """Codes as a stream of bits along the last axis, least significant first, in whole int32 words."""
-    streams = torch.cat([numerics.pack(rows, encoding) for rows in torch.split(codes, ROWS)])
+    streams = torch.cat([numerics.pack(rows, encoding) for rows in torch.split(codes, _rows(codes.shape[-1]))])
     return nn.functional.pad(streams, (0, -streams.shape[-1] % 4)).view(torch.int32)
 
 
+def _rows(columns: int) -> int:
+    return max(1, CODES // max(1, columns))
+
+
 def _unpacked(packed: Tensor, encoding: Encoding, size: int) -> Tensor:
-    return torch.cat([numerics.unpack(rows.view(torch.uint8), encoding, size) for rows in torch.split(packed, ROWS)])
+    return torch.cat([numerics.unpack(rows.view(torch.uint8), encoding, size) for rows in torch.split(packed, _rows(size))])
 
 
 def _signed(codes: Tensor, arguments: Arguments) -> Tensor:

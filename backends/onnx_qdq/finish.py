@@ -1,13 +1,16 @@
 """From the exporter's raw model to the one that is saved: narrow types, folded constants, the names that users know."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import onnx_ir as onir
 from onnx_ir.passes import common
+from onnx_ir.tensor_adapters import TorchTensor
 from onnxscript import optimizer, rewriter
 
 from backends.onnx_qdq.forms import SHARED
-from backends.onnx_qdq.legalize import Lowered, key
+from backends.onnx_qdq.legal import Legal, Lowered, key
+from ir.shards import Deferred
 from ir.signature import CACHE, Port, Signature
 
 IR_VERSION = 10
@@ -25,8 +28,10 @@ _AXES = (
 )
 
 
-def finish(model: onir.Model, signature: Signature, lowered: Sequence[Lowered]) -> None:
-    """Change the exporter's model in place into the one that is saved."""
+def finish(model: onir.Model, signature: Signature, legal: Legal) -> None:
+    """Change the exporter's model in place into the one that is saved, whose large tensors are made when they are written."""
+    lowered = legal.sites
+    _await(model, legal.waiting)
     _retag(model, lowered)
     optimize(model)
     _name_sites(model, lowered)
@@ -68,6 +73,22 @@ def _is_parameter(v: onir.Value) -> bool:
     return v.is_initializer() and ("." in name or name.startswith("onnx_"))
 
 
+def _await(model: onir.Model, waiting: Mapping[str, Deferred]) -> None:
+    """Let the tensors that are yet to be made take their places."""
+    for name, tensor in waiting.items():
+        v = model.graph.initializers[name]
+        assert v.const_value is not None
+        v.const_value = onir.LazyTensor(partial(_made, tensor), v.const_value.dtype, onir.Shape(tensor.shape), name=name)
+
+
+def _made(tensor: Deferred) -> onir.TensorProtocol:
+    return TorchTensor(tensor.make().contiguous())
+
+
+def _packed(v: onir.TensorProtocol, dtype: onir.DataType, shape: onir.Shape) -> onir.TensorProtocol:
+    return onir.PackedTensor(v.numpy(), dtype, shape=shape, name=v.name)
+
+
 def _retag(model: onir.Model, lowered: Sequence[Lowered]) -> None:
     """Give packed bytes the integer type and the shape they stand for."""
     for site in lowered:
@@ -77,13 +98,13 @@ def _retag(model: onir.Model, lowered: Sequence[Lowered]) -> None:
         rows, columns = site.shape
         blocks = model.graph.initializers[key(site.name, "scale")].shape
         assert blocks is not None
-        for part, shape in (("codes", [columns, rows]), ("zero_point", list(blocks))):
+        for part, shape in (("codes", onir.Shape([columns, rows])), ("zero_point", onir.Shape(list(blocks)))):
             v = model.graph.initializers.get(key(site.name, part))
             if v is None:
                 continue
             assert v.const_value is not None
-            v.const_value = onir.PackedTensor(v.const_value.numpy(), dtype, shape=onir.Shape(shape), name=v.name)
-            v.type, v.shape = onir.TensorType(dtype), onir.Shape(shape)
+            v.const_value = onir.LazyTensor(partial(_packed, v.const_value, dtype, shape), dtype, shape, name=v.name)
+            v.type, v.shape = onir.TensorType(dtype), shape
             for node in v.consumers():
                 node.outputs[0].shape = onir.Shape([columns, rows])
 

@@ -14,7 +14,8 @@ from torch.fx import GraphModule
 from backends.gate import activations, difference, tolerance, uncoded
 from backends.onnx_qdq.finish import finish
 from backends.onnx_qdq.forms import SHARED
-from backends.onnx_qdq.legalize import Lowered, Options, legalize
+from backends.onnx_qdq.legal import Lowered
+from backends.onnx_qdq.legalize import Options, legalize
 from backends.onnx_qdq.package import GENAI, MODEL, PROPERTY, OnnxExecutable, properties_of, write
 from backends.onnx_qdq.session import (
     EXACT_LEVEL,
@@ -58,12 +59,12 @@ def lower(backend: "OnnxQdq", gm: GraphModule, probe: Sequence[Tensor], notes: l
 
 def export(gm: GraphModule, options: Options, opset: int, notes: list[str], probe: Sequence[Tensor]) -> tuple[onir.Model, list[Lowered]]:
     """The finished ONNX model of a graph in memory, its parameters shared with `gm` where they need no conversion."""
-    legal, sites = legalize(gm, options, notes)
+    legal = legalize(gm, options, notes)
     example, signature = gm.meta.get("example") or probe, gm.meta["signature"]
     cast = [x.is_floating_point() and not port.keeps_scales for x, port in zip(example, signature.inputs, strict=True)]
-    model = to_onnx(legal, [x.to(options.dtype) if floats else x for x, floats in zip(example, cast, strict=True)], opset)
-    finish(model, signature, sites)
-    return model, sites
+    model = to_onnx(legal.graph, [x.to(options.dtype) if floats else x for x, floats in zip(example, cast, strict=True)], opset)
+    finish(model, signature, legal)
+    return model, legal.sites
 
 
 def _prove(

@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError, Message  # type: ignore[import-
 from torch import Tensor
 
 from backends.onnx_qdq.genai import genai_config
+from backends.onnx_qdq.legal import INLINE
 from backends.onnx_qdq.session import known_entries, open_session, run_flat
 from ir.errors import DataError
 from ir.files import inside
@@ -29,7 +30,7 @@ def write(model: onir.Model, directory: Path) -> Path:
     """Write a model and its weights, which are always external; both appear under their names only when they are complete."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as scratch:
-        onir.save(model, Path(scratch) / MODEL, external_data=WEIGHTS, size_threshold_bytes=1024)
+        onir.save(model, Path(scratch) / MODEL, external_data=WEIGHTS, size_threshold_bytes=INLINE)
         _move(Path(scratch), directory)
     return directory / MODEL
 

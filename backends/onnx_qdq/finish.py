@@ -28,12 +28,16 @@ _AXES = (
 )
 
 
-def finish(model: onir.Model, signature: Signature, legal: Legal) -> None:
-    """Change the exporter's model in place into the one that is saved, whose large tensors are made when they are written."""
+def finish(model: onir.Model, signature: Signature, legal: Legal) -> list[str]:
+    """Change the exporter's model in place into the one that is saved, whose large tensors are made when they are written.
+
+    Returns:
+        What the values are called that the graph returned besides the signature's outputs; the model returns them no more.
+    """
     lowered = legal.sites
     _await(model, legal.waiting)
     _retag(model, lowered)
-    optimize(model)
+    further = optimize(model, len(signature.outputs))
     _name_sites(model, lowered)
     _name_ports(model, signature)
     common.ClearMetadataAndDocStringPass()(model)
@@ -43,10 +47,19 @@ def finish(model: onir.Model, signature: Signature, legal: Legal) -> None:
     if narrow:
         model.opset_imports[""] = max(OPSET_2_BIT, model.opset_imports[""])
     model.producer_name, model.producer_version = "fxpress", None
+    return [str(v.name) for v in further]
 
 
-def optimize(model: onir.Model) -> None:
-    """Fold and rewrite, leaving parameters as they are: a folded parameter would lose its name."""
+def optimize(model: onir.Model, outputs: int) -> list[onir.Value]:
+    """Fold and rewrite, leaving parameters as they are: a folded parameter would lose its name.
+
+    Args:
+        model: is changed in place.
+        outputs: how many it keeps.
+
+    Returns:
+        The values of the other outputs.
+    """
     graph = model.graph
     common.InlinePass()(model)
 
@@ -60,11 +73,15 @@ def optimize(model: onir.Model) -> None:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.DeduplicateInitializersPass(size_limit=SCALAR)(model)
     common.CommonSubexpressionEliminationPass()(model)
+    further = list(graph.outputs)[outputs:]
+    while len(graph.outputs) > outputs:
+        graph.outputs.pop()
     for unused in (common.RemoveUnusedNodesPass, common.RemoveUnusedFunctionsPass, common.RemoveUnusedOpsetsPass):
         unused()(model)
     common.OutputFixPass()(model)
     common.NameFixPass()(model)
     assert graph is model.graph
+    return further
 
 
 def _is_parameter(v: onir.Value) -> bool:

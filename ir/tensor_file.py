@@ -5,13 +5,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ir.errors import DataError
+from ir.files import appearing
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -33,6 +34,7 @@ DTYPES = {
     "C64": torch.complex64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+METADATA = "__metadata__"  # the entry of a header that is no tensor
 LENGTH = 8  # bytes that state the length of the header
 ALIGNED = 64  # bytes: as torch aligns memory, which decides the last bit of products
 
@@ -78,7 +80,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], int]:
         raise DataError(f"not a file of tensors: {error}", where=str(path), remedy="get the file again") from error
     entries = {}
     for name, stated in header.items():
-        if name == "__metadata__":
+        if name == METADATA:
             continue
         if stated["dtype"] not in DTYPES:
             raise DataError(f"{name} is of the dtype {stated['dtype']!r}, which torch does not have", where=str(path))
@@ -86,22 +88,24 @@ def read_header(path: Path) -> tuple[dict[str, Entry], int]:
     return entries, LENGTH + length
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Source]) -> None:
-    """Write a file, one piece of a tensor at a time.
+def write_tensors(path: Path, tensors: Mapping[str, Source], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a file, one piece of a tensor at a time; it appears whole or not at all.
 
     Args:
         path: of the file, which is replaced.
         tensors: by name. Those whose bytes end aligned come first, so that what follows is aligned too.
+        metadata: texts by name.
     """
     order = sorted(tensors, key=lambda name: (_size(tensors[name]) % ALIGNED > 0, -tensors[name].dtype.itemsize, name))
-    header, end = {}, 0
+    header: dict[str, Any] = {} if metadata is None else {METADATA: dict(metadata)}
+    end = 0
     for name in order:
         source, begin = tensors[name], end
         end += _size(source)
         header[name] = {"dtype": NAMES[source.dtype], "shape": list(source.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(LENGTH + len(text)) % ALIGNED)
-    with path.open("wb") as file:
+    with appearing(path) as draft, draft.open("wb") as file:
         file.write(len(text).to_bytes(LENGTH, "little") + text)
         for name in order:
             written = sum(_write(file, piece) for piece in tensors[name].pieces())

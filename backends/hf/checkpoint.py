@@ -19,12 +19,12 @@ from backends.hf.schema import Quantization
 from backends.hf.shapes import empty, fitting, numbers, parameters, sizes, tied
 from backends.hf.survey import WHERE, survey
 from backends.hf.writing import write_model
-from ir import edit
+from ir import edit, evaluate
 from ir.capture import capture
 from ir.checkpoints import CONFIG, bounded, check_checkpoint
+from ir.deferred import Deferred
 from ir.errors import BackendError, DataError, FxpressError
 from ir.files import inside
-from ir.shards import Deferred
 from ir.sites import layers
 
 State = dict[str, Tensor]
@@ -58,8 +58,7 @@ class Checkpoint:
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Flat outputs for flat inputs, of the graph."""
-        outputs: tuple[Tensor, ...] = self.gm(*inputs)
-        return outputs
+        return evaluate.run(self.gm, inputs)
 
     def save(self, directory: Path) -> None:
         """Write `config.json`, `generation_config.json` if the model generates, and safetensors under the names of its class."""
@@ -67,7 +66,7 @@ class Checkpoint:
             self.model.config.quantization_config = self.quantization
         packed = {f"{name}.{part}": tensor for name, linear in self.linears.items() for part, tensor in linear.tensors()}
         packed |= {name: Deferred.of(scale) for name, scale in (self.cache.tensors() if self.cache else ())}
-        write_model(self.model, packed, directory, self.shard)
+        write_model(self.model, packed, directory, self.shard, self.gm.meta.get(edit.STORE))
 
     def report(self) -> dict[str, Any]:
         """The numbers of the configuration that are new, and what it states of compressed weights."""

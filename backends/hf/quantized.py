@@ -13,10 +13,10 @@ from torch.fx import GraphModule, Node
 
 from backends.hf.schema import PACKED, Arguments, Scheme
 from ir import edit, numerics
+from ir.deferred import Deferred
 from ir.encoding import Encoding
 from ir.errors import BackendError, DataError
 from ir.ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
-from ir.shards import Deferred
 from ir.sites import Layer, layers
 
 CODES = 1 << 22  # packed at once: each takes up to 16 bytes on the way
@@ -54,6 +54,11 @@ class Rounded(nn.Module):
         self._codes, self._scale, self._zero_point = codes, scale, zero_point
         self.input_scale, self.input_zero_point = input_scale, input_zero_point
         self.bias: nn.Parameter | None = None  # that of the linear whose place it takes
+
+    @property
+    def stored(self) -> Tensor:
+        """The codes as they were given."""
+        return self._codes
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -10,19 +10,22 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import split_state_dict_into_shards_factory
-from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from ir.deferred import Deferred, counted
 from ir.errors import BackendError
-from ir.shards import Deferred, write_tensors
+from ir.store import Store
+from ir.tensor_file import write_tensors
 
 PATTERN = "model{suffix}.safetensors"
 METADATA = {"format": "pt"}
 
 
-def write_model(model: transformers.PreTrainedModel, made: Mapping[str, Deferred], directory: Path, shard: str) -> None:
+def write_model(
+    model: transformers.PreTrainedModel, made: Mapping[str, Deferred], directory: Path, shard: str, store: Store | None
+) -> None:
     """Write a model's configuration, its tensors and others, and an index if there are several files.
 
     Args:
@@ -30,6 +33,7 @@ def write_model(model: transformers.PreTrainedModel, made: Mapping[str, Deferred
         made: further tensors by name.
         directory: an existing folder.
         shard: the greatest size of a file, "5GB".
+        store: that holds tensors that these are made of.
 
     Raises:
         BackendError: transformers stores the class's tensors in another form, which these further ones have not.
@@ -40,13 +44,13 @@ def write_model(model: transformers.PreTrainedModel, made: Mapping[str, Deferred
         tensors, get_storage_size=lambda tensor: tensor.nbytes, filename_pattern=PATTERN, max_shard_size=shard
     )
     for file, names in split.filename_to_tensors.items():
-        write_tensors(directory / file, {name: tensors[name] for name in names}, METADATA)
+        write_tensors(directory / file, {name: counted(tensors[name], store) for name in names}, METADATA)
     if split.is_sharded:
         index = {"metadata": {"total_parameters": model.num_parameters(), **split.metadata}, "weight_map": split.tensor_to_filename}
         (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _named(model: transformers.PreTrainedModel, made: Mapping[str, Deferred]) -> dict[str, Tensor | Deferred]:
+def _named(model: transformers.PreTrainedModel, made: Mapping[str, Deferred]) -> dict[str, Deferred]:
     """All that is stored, as the class's checkpoints name it."""
     standing = {name: torch.zeros(1, dtype=tensor.dtype).expand(tensor.shape) for name, tensor in made.items()}
     state = {**model.state_dict(), **standing}
@@ -54,12 +58,12 @@ def _named(model: transformers.PreTrainedModel, made: Mapping[str, Deferred]) ->
         state.pop(name, None)
     state = revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
     waiting = {tensor.data_ptr(): made[name] for name, tensor in standing.items()}
-    found = {name: waiting.get(tensor.data_ptr(), tensor) if tensor.numel() else tensor for name, tensor in state.items()}
-    kept = [(name, tensor) for name, tensor in found.items() if isinstance(tensor, Deferred)]
-    if len(kept) != len(made) or any(tuple(state[name].shape) != tensor.shape for name, tensor in kept):
+    found = {name: waiting.get(tensor.data_ptr() if tensor.numel() else 0) for name, tensor in state.items()}
+    kept = {name: tensor for name, tensor in found.items() if tensor is not None}
+    if len(kept) != len(made) or any(tuple(state[name].shape) != tensor.shape for name, tensor in kept.items()):
         raise BackendError(
             f"{type(model).__name__} stores its linears otherwise than as one tensor each, which compressed weights do not fit",
             where="backend hf",
             remedy="ignore the layers that its checkpoints join or split, or use backend='onnx'",
         )
-    return found
+    return {name: kept.get(name) or Deferred.of(tensor) for name, tensor in state.items()}

@@ -10,7 +10,7 @@ from onnxscript import optimizer, rewriter
 
 from backends.onnx_qdq.forms import SHARED
 from backends.onnx_qdq.legal import Legal, Lowered, key
-from ir.shards import Deferred
+from ir.deferred import Deferred
 from ir.signature import CACHE, Port, Signature
 
 IR_VERSION = 10

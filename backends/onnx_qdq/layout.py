@@ -7,7 +7,7 @@ from torch import Tensor
 
 from backends.sites import Weight
 from ir import numerics
-from ir.shards import Deferred
+from ir.deferred import Deferred
 
 SAFE_BITS = 7  # of weights whose products no kernel saturates
 ROWS = 256  # packed at once; eight rows fill whole bytes in any width

@@ -8,9 +8,10 @@ from torch.fx import GraphModule, Node
 
 from backends.onnx_qdq.forms import INTEGER, Form
 from backends.onnx_qdq.layout import SAFE_BITS
-from ir.edit import add_attribute, attribute, store
+from ir import edit
+from ir.deferred import Deferred, counted
 from ir.encoding import Encoding
-from ir.shards import Deferred
+from ir.store import Store
 
 INLINE = 1024  # bytes: tensors up to that size are written into the model itself
 
@@ -46,28 +47,30 @@ class Legal:
         graph: the graph.
         sites: its quantized sites.
         waiting: what the tensors will be that are not made yet, by name.
+        store: that holds the tensors that they are made of.
     """
 
     graph: GraphModule
     sites: list[Lowered] = field(default_factory=list)
     waiting: dict[str, Deferred] = field(default_factory=dict)
+    store: Store | None = None
 
     def attach(self, name: str, tensor: Deferred, before: Node) -> Node:
         """A get_attr node for a tensor. Small ones are made at once: the exporter looks at their values."""
         small = tensor.nbytes <= INLINE
-        node = add_attribute(self.graph, name, tensor.make().contiguous() if small else _standing(tensor), before=before)
+        node = edit.add_attribute(self.graph, name, tensor.make().contiguous() if small else _standing(tensor), before=before)
         if not small:
-            self.waiting[str(node.target)] = tensor
+            self.waiting[str(node.target)] = counted(tensor, self.store)
         return node
 
     def convert(self, node: Node, dtype: torch.dtype) -> None:
         """Let a get_attr node read its tensor in another dtype."""
-        name, tensor = str(node.target), attribute(self.graph, node).detach()
+        name, tensor = str(node.target), edit.attribute(self.graph, node).detach()
         if tensor.nbytes <= INLINE:
-            store(self.graph, name, tensor.to(dtype))
+            edit.store(self.graph, name, tensor.to(dtype))
             return
-        self.waiting[name] = Deferred(dtype, tuple(tensor.shape), lambda: tensor.to(dtype))
-        store(self.graph, name, _standing(self.waiting[name]))
+        self.waiting[name] = counted(Deferred(dtype, tuple(tensor.shape), lambda: tensor.to(dtype)), self.store)
+        edit.store(self.graph, name, _standing(self.waiting[name]))
 
 
 def _standing(tensor: Deferred) -> Tensor:

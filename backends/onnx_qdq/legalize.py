@@ -13,7 +13,7 @@ from backends.onnx_qdq.forms import BLOCKED, EMULATED, GATHERED, INTEGER, SHARED
 from backends.onnx_qdq.layout import Stored
 from backends.onnx_qdq.legal import Legal, Lowered, key
 from backends.sites import FXPRESS, Activation, QuantizedSite, Weight, is_call, quantized_sites, weight_name, weight_of
-from ir.edit import add_attribute, attribute, clean, copied, merge_attributes, replace
+from ir.edit import STORE, add_attribute, attribute, clean, copied, merge_attributes, replace
 from ir.errors import BackendError
 from ir.numerics import code_range
 
@@ -41,9 +41,9 @@ def legalize(gm: GraphModule, options: Options, notes: list[str]) -> Legal:
         BackendError: a site has no form.
     """
     copy = copied(gm)
+    legal = Legal(copy, store=copy.meta.pop(STORE, None))  # places that take no memory are not kept on disk
     merge_attributes(copy)
     tables: dict[int, Node] = {}  # gathers by the identity of the codes they read
-    legal = Legal(copy)
     for site in list(quantized_sites(copy)):
         legal.sites.append(_lower_site(legal, site, options, notes, tables))
     clean(copy)

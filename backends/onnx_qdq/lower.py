@@ -19,6 +19,7 @@ from backends.onnx_qdq.package import GENAI, PROPERTY, OnnxExecutable, propertie
 from backends.onnx_qdq.proof import Proof, Settings, by_blocks, rewrite, whole
 from backends.onnx_qdq.session import EXACT_LEVEL, require_fused, session_entries
 from backends.onnx_qdq.translate import to_onnx
+from ir.edit import STORE
 from ir.signature import Signature
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 def lower(backend: "OnnxQdq", gm: GraphModule, probe: Sequence[Tensor], notes: list[str]) -> OnnxExecutable:
     """See `OnnxQdq.lower`."""
     signature: Signature = gm.meta["signature"]
-    folder = tempfile.TemporaryDirectory(prefix="fxpress-onnx-")
+    store = gm.meta.get(STORE)
+    folder = tempfile.TemporaryDirectory(prefix="fxpress-onnx-", dir=None if store is None else store.folder)
     found = parts(gm)
     cuts = seams(found)
     model, sites, names = export(gm, Options(getattr(torch, backend.dtype), backend.signed_weights), backend.opset, notes, probe, cuts)

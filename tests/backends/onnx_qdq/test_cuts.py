@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ def test_parts_are_a_chain_that_computes_the_graph(family):
     found = parts(gm)
     assert found[0].entry == ()
     outputs = gm.graph.output_node().args[0]
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in pairwise(found):
         assert set(after.entry) <= set(before.exit)
     assert {node for part in found for node in part.exit} == {*outputs, *seams(found)}
 

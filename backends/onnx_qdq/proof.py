@@ -69,9 +69,7 @@ def whole(path: Path, settings: Settings, gm: GraphModule, probe: Sequence[Tenso
     oracle = uncoded(signature, evaluate.run(gm, probe))
     ours = run_flat(open_session(path, settings.exact, threads=settings.threads), probe)
     exact = _close(uncoded(signature, ours), oracle, gm, "on the probe")
-    model = onir.load(path)
-    if set_level(model, settings.level):
-        rewrite(model, path)
+    _state_level(path, settings.level)
     session = open_session(path, settings.used, threads=settings.threads, profile=path.with_name("profile"))
     used = difference(uncoded(signature, run_flat(session, probe)), oracle)
     return Proof(exact, used, end_profile(session), session)
@@ -110,15 +108,14 @@ def by_blocks(
         try:
             onir.save(piece, place)
             exact = _exact(place, settings, feeds, gm, part.label)
-            set_level(piece, settings.level)
+            _set_level(piece, settings.level)
             onir.save(piece, place)
             used, executed = _used(place, settings, feeds)
         finally:
             place.unlink(missing_ok=True)
         operators |= {f"{part.label}: {name}": operator for name, operator in executed.operators.items()}
         blocks.append({"block": part.label, "probe_difference_exact": exact, "probe_difference": used})
-    if set_level(model, settings.level):
-        rewrite(model, path)
+    _state_level(path, settings.level)
     exact, used = (max(block[key] for block in blocks) for key in ("probe_difference_exact", "probe_difference"))
     return Proof(exact, used, Executed(operators), None, blocks)
 
@@ -169,7 +166,13 @@ def _close(ours: Sequence[Tensor], oracle: Sequence[Tensor], gm: GraphModule, wh
     return found
 
 
-def set_level(model: onir.Model, level: int) -> bool:
+def _state_level(path: Path, level: int) -> None:
+    model = onir.load(path)
+    if _set_level(model, level):
+        rewrite(model, path)
+
+
+def _set_level(model: onir.Model, level: int) -> bool:
     """State the accuracy level of products that we write fused, for which sessions have no setting; until now they were exact."""
     nodes = [node for node in model.graph if node.op_type == SHARED.fused]
     for node in nodes:

@@ -10,6 +10,8 @@ from torch import Tensor
 from ir.errors import DataError
 from ir.store import Store
 
+READ = 4  # bytes of other tensors, at most, that are read to make one: codes of two bits are made of bytes
+
 
 @dataclass(frozen=True)
 class Deferred:
@@ -48,12 +50,12 @@ class Deferred:
 
 
 def counted(tensor: Deferred, store: Store | None) -> Deferred:
-    """The same, whose making counts as reading so many bytes of a store's tensors, which releases what was read before."""
+    """The same, whose making counts as reading a store's tensors, which releases what was read before every so often."""
     if store is None:
         return tensor
 
     def make() -> Tensor:
-        store.count(tensor.nbytes)
+        store.count(READ * tensor.nbytes)
         return tensor.make()
 
     return replace(tensor, make=make)

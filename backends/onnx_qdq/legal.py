@@ -9,9 +9,8 @@ from torch.fx import GraphModule, Node
 from backends.onnx_qdq.forms import INTEGER, Form
 from backends.onnx_qdq.layout import SAFE_BITS
 from ir import edit
-from ir.deferred import Deferred, counted
+from ir.deferred import Deferred
 from ir.encoding import Encoding
-from ir.store import Store
 
 INLINE = 1024  # bytes: tensors up to that size are written into the model itself
 
@@ -47,20 +46,18 @@ class Legal:
         graph: the graph.
         sites: its quantized sites.
         waiting: what the tensors will be that are not made yet, by name.
-        store: that holds the tensors that they are made of.
     """
 
     graph: GraphModule
     sites: list[Lowered] = field(default_factory=list)
     waiting: dict[str, Deferred] = field(default_factory=dict)
-    store: Store | None = None
 
     def attach(self, name: str, tensor: Deferred, before: Node) -> Node:
         """A get_attr node for a tensor. Small ones are made at once: the exporter looks at their values."""
         small = tensor.nbytes <= INLINE
         node = edit.add_attribute(self.graph, name, tensor.make().contiguous() if small else _standing(tensor), before=before)
         if not small:
-            self.waiting[str(node.target)] = counted(tensor, self.store)
+            self.waiting[str(node.target)] = tensor
         return node
 
     def convert(self, node: Node, dtype: torch.dtype) -> None:
@@ -69,7 +66,7 @@ class Legal:
         if tensor.nbytes <= INLINE:
             edit.store(self.graph, name, tensor.to(dtype))
             return
-        self.waiting[name] = counted(Deferred(dtype, tuple(tensor.shape), lambda: tensor.to(dtype)), self.store)
+        self.waiting[name] = Deferred(dtype, tuple(tensor.shape), lambda: tensor.to(dtype))
         edit.store(self.graph, name, _standing(self.waiting[name]))
 
 

@@ -41,7 +41,8 @@ def legalize(gm: GraphModule, options: Options, notes: list[str]) -> Legal:
         BackendError: a site has no form.
     """
     copy = copied(gm)
-    legal = Legal(copy, store=copy.meta.pop(STORE, None))  # places that take no memory are not kept on disk
+    copy.meta.pop(STORE, None)  # places that take no memory are not to be kept on disk
+    legal = Legal(copy)
     merge_attributes(copy)
     tables: dict[int, Node] = {}  # gathers by the identity of the codes they read
     for site in list(quantized_sites(copy)):

@@ -34,7 +34,7 @@ def lower(backend: "OnnxQdq", gm: GraphModule, probe: Sequence[Tensor], notes: l
     found = parts(gm)
     cuts = seams(found)
     model, sites, names = export(gm, Options(getattr(torch, backend.dtype), backend.signed_weights), backend.opset, notes, probe, cuts)
-    path = write(model, Path(folder.name))
+    path = write(model, Path(folder.name), store)
     del model  # before sessions open the file
     saturating = backend.signed_weights and any(site.saturates for site in sites)
     entries = session_entries(backend.accuracy_level, saturating)

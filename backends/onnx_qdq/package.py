@@ -17,20 +17,33 @@ from torch import Tensor
 from backends.onnx_qdq.genai import genai_config
 from backends.onnx_qdq.legal import INLINE
 from backends.onnx_qdq.session import known_entries, open_session, run_flat
+from ir.deferred import READ
 from ir.errors import DataError
 from ir.files import inside
 from ir.signature import Signature
 from ir.stated import signature_of
+from ir.store import Store
 
 MODEL, WEIGHTS, GENAI = "model.onnx", "model.onnx.data", "genai_config.json"
 PROPERTY = "fxpress"  # the model's metadata entry that holds signature, session settings and report
 
 
-def write(model: onir.Model, directory: Path) -> Path:
-    """Write a model and its weights, which are always external; both appear under their names only when they are complete."""
+def write(model: onir.Model, directory: Path, store: Store | None = None) -> Path:
+    """Write a model and its weights, which are always external; both appear under their names only when they are complete.
+
+    Args:
+        model: its weights are made one by one.
+        directory: of the files.
+        store: that holds the tensors that they are made of.
+    """
+
+    def count(tensor: onir.TensorProtocol, *_: Any) -> None:
+        if store is not None:
+            store.count(READ * tensor.nbytes)
+
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as scratch:
-        onir.save(model, Path(scratch) / MODEL, external_data=WEIGHTS, size_threshold_bytes=INLINE)
+        onir.save(model, Path(scratch) / MODEL, external_data=WEIGHTS, size_threshold_bytes=INLINE, callback=count)
         _move(Path(scratch), directory)
     return directory / MODEL
 

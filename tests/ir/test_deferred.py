@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ir.deferred import Deferred, counted
+from ir.deferred import READ, Deferred, counted
 from ir.errors import DataError
 from ir.store import HANDED_OUT, Store
 from ir.tensor_file import write_tensors
@@ -77,7 +77,7 @@ def test_making_is_counted(tmp_path, monkeypatch):
     released = []
     store = Store(tmp_path)
     monkeypatch.setattr(store, "release", lambda: released.append(True))
-    size = HANDED_OUT // 4
+    size = HANDED_OUT // READ // 4
     tensor = counted(Deferred(torch.uint8, (size,), lambda: torch.zeros(1, dtype=torch.uint8).expand(size)), store)
     for _ in range(3):
         assert next(tensor.pieces()).shape == (size,)

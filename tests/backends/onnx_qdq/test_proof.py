@@ -59,8 +59,8 @@ def test_no_session_holds_a_large_model_until_it_is_called(tmp_path):
 def test_a_flipped_code_is_found_in_its_block(block, monkeypatch):
     write = lower.write
 
-    def damaged(model, folder):
-        path = write(model, folder)
+    def damaged(model, folder, store):
+        path = write(model, folder, store)
         names = sorted(value.name for value in onir.load(path).graph.initializers.values() if re.match(block, value.name))
         codes = next(name for name in names if not name.endswith(("scale", "zero_point")))
         stored = onir.load(path).graph.initializers[codes].const_value

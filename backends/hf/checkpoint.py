@@ -18,7 +18,7 @@ from backends.hf.quantized import Rounded, remarks, rounded_linears
 from backends.hf.schema import Quantization
 from backends.hf.shapes import empty, fitting, numbers, parameters, sizes, tied
 from backends.hf.survey import WHERE, survey
-from backends.hf.writing import write_model
+from backends.hf.writing import named, write_model
 from ir import edit, evaluate
 from ir.capture import capture
 from ir.checkpoints import CONFIG, bounded, check_checkpoint
@@ -64,9 +64,17 @@ class Checkpoint:
         """Write `config.json`, `generation_config.json` if the model generates, and safetensors under the names of its class."""
         if self.quantization is not None:
             self.model.config.quantization_config = self.quantization
+        write_model(self.model, self.tensors(), directory, self.shard, self.gm.meta.get(edit.STORE))
+
+    def tensors(self) -> dict[str, Deferred]:
+        """All that is stored, by name.
+
+        Raises:
+            BackendError: the class stores quantized linears in a form that they do not have.
+        """
         packed = {f"{name}.{part}": tensor for name, linear in self.linears.items() for part, tensor in linear.tensors()}
         packed |= {name: Deferred.of(scale) for name, scale in (self.cache.tensors() if self.cache else ())}
-        write_model(self.model, packed, directory, self.shard, self.gm.meta.get(edit.STORE))
+        return named(self.model, packed)
 
     def report(self) -> dict[str, Any]:
         """The numbers of the configuration that are new, and what it states of compressed weights."""
@@ -104,7 +112,9 @@ def lower(gm: GraphModule, notes: list[str], shard: str = "5GB") -> Checkpoint:
             changed = _new(config, fitted)
             notes.append(f"hf: {architecture} with {changed or 'its own configuration'}; its logits differ by {found:.1e}")
             notes += remarks(linears) + (cache.remarks() if cache else [])
-            return Checkpoint(gm, model, changed, shard, cache)
+            made = Checkpoint(gm, model, changed, shard, cache)
+            made.tensors()  # refuses now what could not be saved
+            return made
         failure = f"with its shapes the class gives other logits (relative difference {found:.1e})"
     missing = set() if left else {name for name, names in tied(original).items() if names.isdisjoint(wanted)}
     raise _refusal(architecture, failure, missing, _surplus(gm, known))

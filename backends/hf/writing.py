@@ -24,24 +24,20 @@ METADATA = {"format": "pt"}
 
 
 def write_model(
-    model: transformers.PreTrainedModel, made: Mapping[str, Deferred], directory: Path, shard: str, store: Store | None
+    model: transformers.PreTrainedModel, tensors: Mapping[str, Deferred], directory: Path, shard: str, store: Store | None
 ) -> None:
-    """Write a model's configuration, its tensors and others, and an index if there are several files.
+    """Write a model's configuration, tensors, and an index if there are several files of them.
 
     Args:
         model: the model.
-        made: further tensors by name.
+        tensors: as `named` gives them.
         directory: an existing folder.
         shard: the greatest size of a file, "5GB".
         store: that holds tensors that these are made of.
-
-    Raises:
-        BackendError: transformers stores the class's tensors in another form, which these further ones have not.
     """
     model.save_pretrained(directory, state_dict={})  # all but the tensors
-    tensors = _named(model, made)
     split = split_state_dict_into_shards_factory(
-        tensors, get_storage_size=lambda tensor: tensor.nbytes, filename_pattern=PATTERN, max_shard_size=shard
+        dict(tensors), get_storage_size=lambda tensor: tensor.nbytes, filename_pattern=PATTERN, max_shard_size=shard
     )
     for file, names in split.filename_to_tensors.items():
         write_tensors(directory / file, {name: counted(tensors[name], store) for name in names}, METADATA)
@@ -50,8 +46,12 @@ def write_model(
         (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _named(model: transformers.PreTrainedModel, made: Mapping[str, Deferred]) -> dict[str, Deferred]:
-    """All that is stored, as the class's checkpoints name it."""
+def named(model: transformers.PreTrainedModel, made: Mapping[str, Deferred]) -> dict[str, Deferred]:
+    """All tensors of a model, its own and those that are yet to be made, as the class's checkpoints name them.
+
+    Raises:
+        BackendError: transformers stores the class's tensors in another form, which these further ones have not.
+    """
     standing = {name: torch.zeros(1, dtype=tensor.dtype).expand(tensor.shape) for name, tensor in made.items()}
     state = {**model.state_dict(), **standing}
     for name in model._keys_to_ignore_on_save or ():

@@ -5,7 +5,7 @@ import pytest
 
 import passes
 from backends.onnx_qdq import OnnxQdq, lower
-from ir.errors import BackendError
+from ir.errors import BackendError, OptionError
 from tests.families import load
 from tests.passes.samples import CALIBRATION
 
@@ -74,3 +74,9 @@ def test_a_flipped_code_is_found_in_its_block(block, monkeypatch):
     monkeypatch.setattr(lower, "write", damaged)
     with pytest.raises(BackendError, match=f"after {block}, more than"):
         compiled("llama" if block != "model.embed_tokens" else "llama_tied", "1KB")
+
+
+@pytest.mark.parametrize("size", ["big", "1", "1.5GB", "-1GB"])
+def test_sizes_are_checked_at_once(size):
+    with pytest.raises(OptionError, match="is no size"):
+        OnnxQdq(whole=size)

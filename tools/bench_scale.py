@@ -22,6 +22,7 @@ from tools.scale_checkpoint import Shape, shallower, write_checkpoint
 from tools.scale_page import write_page
 
 EVERY = 0.02  # seconds between two looks at memory
+STEP = 15  # seconds between two points of the curve
 FIELDS = ("VmRSS", "RssAnon", "RssFile", "RssShmem")
 SAMPLES, WINDOW, BATCH = 8, 128, 4
 
@@ -75,10 +76,17 @@ def watched(command: Sequence[str]) -> dict[str, Any]:
     assert process.stdout is not None
     stages: list[dict[str, Any]] = [{"stage": "start", "seconds": 0.0}]
 
+    curve: list[tuple[int, int]] = []  # seconds, and the greatest resident size since the last one
+
     def look() -> None:
         while process.poll() is None:
-            for name, value in resident(process.pid).items():
+            now = resident(process.pid)
+            for name, value in now.items():
                 stages[-1][name] = max(stages[-1].get(name, 0), value)
+            at = int((time.perf_counter() - started) // STEP * STEP)
+            if not curve or curve[-1][0] != at:
+                curve.append((at, 0))
+            curve[-1] = at, max(curve[-1][1], now.get("VmRSS", 0))
             time.sleep(EVERY)
 
     sampler = threading.Thread(target=look)
@@ -88,13 +96,14 @@ def watched(command: Sequence[str]) -> dict[str, Any]:
         said.append(line)
         if line.startswith("== "):
             stages.append({"stage": line[3:].strip(), "seconds": time.perf_counter() - started})
-            print(f"    {stages[-1]['seconds']:7.1f} s  {stages[-1]['stage'][:100]}", flush=True)
+            peak = max((size for _, size in curve), default=0)
+            print(f"    {stages[-1]['seconds']:7.1f} s  {peak / 1e9:.2f} GB so far  {stages[-1]['stage'][:90]}", flush=True)
     output = process.stdout.read()
     sampler.join()
     if process.wait():
         raise SystemExit("".join(said[-20:]))
     peaks = {name: max(stage.get(name, 0) for stage in stages) for name in FIELDS}
-    return {"wall": time.perf_counter() - started, **peaks, "stages": stages, **json.loads(output.splitlines()[-1])}
+    return {"wall": time.perf_counter() - started, **peaks, "stages": stages, "curve": curve, **json.loads(output.splitlines()[-1])}
 
 
 def main() -> None:
@@ -134,7 +143,7 @@ def main() -> None:
             shutil.rmtree(out)
             if options.out:
                 write_page(options.out, rows, shape, options.pipeline, SAMPLES * WINDOW)
-            print({key: value for key, value in rows[-1].items() if key != "stages"}, flush=True)
+            print({key: value for key, value in rows[-1].items() if key not in {"stages", "curve"}}, flush=True)
     if not options.keep:
         shutil.rmtree(options.scratch)
 

@@ -3,7 +3,7 @@
     python -m tools.bench_scale --gigabytes 6 --scratch /tmp/scale --out tools/results/scale.md
 
 A Llama-shaped checkpoint with random weights is written shard by shard, a layer a shard; shallower ones share its files. Memory is read
-from `/proc` every 20 ms while a compile runs: pages of files (RssFile) are what the system may take back, the others (RssAnon) not.
+from `/proc` every 50 ms while a compile runs: pages of files (RssFile) are what the system may take back, the others (RssAnon) not.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 from tools.scale_checkpoint import Shape, shallower, write_checkpoint
 from tools.scale_page import write_page
 
-EVERY = 0.02  # seconds between two looks at memory
+EVERY = 0.05  # seconds between two looks at memory
 STEP = 15  # seconds between two points of the curve
 FIELDS = ("VmRSS", "RssAnon", "RssFile", "RssShmem")
 SAMPLES, WINDOW, BATCH = 8, 128, 4

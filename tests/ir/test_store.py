@@ -91,7 +91,11 @@ def test_released_pages_come_back(tmp_path):
 
 def test_pages_are_released_as_tensors_are_counted(tmp_path, monkeypatch):
     own, released = Store(tmp_path), []
-    monkeypatch.setattr(Store, "release", released.append)
+
+    def release(self):
+        released.append(self)
+
+    monkeypatch.setattr(Store, "release", release)
     own.count(store.HANDED_OUT // 2)
     assert not released
     own.count(store.HANDED_OUT)

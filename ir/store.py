@@ -1,6 +1,7 @@
 """`Store`: tensors on disk, mapped, so that memory holds the pages that are read at the moment and no more."""
 
 import contextlib
+import ctypes
 import mmap
 import os
 import sys
@@ -21,7 +22,7 @@ SMALL = 1 << 14  # bytes: tensors below stay in memory
 APART = 1 << 26  # bytes: tensors from here on have a file each, which goes when they go; smaller ones share files
 SHARED_FILE = 1 << 28  # bytes
 FILES = 1 << 16  # that may be open at once, where the system lets us: every mapped one is
-HANDED_OUT = 1 << 28  # bytes of weights that are read between two releases
+HANDED_OUT = 1 << 27  # bytes of weights that are read between two releases
 NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # private pages are promised no memory: a file may be larger than there is
 NAME = "fxpress_store"  # the attribute of a model whose weights are mapped
 REMEDY = "free space, or name another folder for scratch files"
@@ -103,6 +104,7 @@ class Store:
     def release(self) -> None:
         """Let go of the pages in memory: they come back from the files when they are read. What was written to loaded weights stays."""
         self._handed = 0
+        _trim()
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         maps = list(self._maps)
@@ -136,6 +138,14 @@ class Store:
         made.address, made.private = torch.frombuffer(made, dtype=torch.uint8).data_ptr(), private
         self._maps.add(made)
         return made
+
+
+def _trim() -> None:
+    """Give back what was freed to the system: between tensors that stay, glibc holds on to gigabytes."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)
 
 
 def _allow_files() -> None:

@@ -14,6 +14,7 @@ from ir.blocks import Block, blocks
 from ir.encoding import Encoding
 from ir.errors import DataError
 from ir.sites import Layer, before_rounding
+from ir.store import HANDED_OUT, Store
 from passes.base import Context
 from passes.calibration import tokens_in
 
@@ -53,6 +54,8 @@ class _Stream:
 
     def values(self, block: Block, index: int, batch: Sequence[Tensor], keep: Sequence[Node]) -> Values:
         """The values of `keep`, nodes of the block, for one batch."""
+        for value in self.entering[index].values():
+            edit.counted(self.gm, value)
         given = evaluate.bind(self.gm, batch) | self.entering[index]
         needed = evaluate.ancestors(keep, stop=given)
         known = [node for node in (*self.outside, *block.nodes) if node in needed]
@@ -60,12 +63,20 @@ class _Stream:
         weights = [node for node in needed.difference(known) if node.op == "call_function"]
         return evaluate.evaluate(self.gm, [*weights, *known], given, keep)
 
+    def leaving(self, values: Values) -> Values:
+        """What enters the next block, of one batch; on disk if the graph has a store, and the values of all batches are large."""
+        store: Store | None = self.gm.meta.get(edit.STORE)
+        if store is None or len(self.entering) * sum(value.nbytes for value in values.values()) < HANDED_OUT:
+            return values
+        return {node: store.keep(value, apart=True) for node, value in values.items()}
+
 
 class Prefix:
     """Inputs of layers in the order that they run: change the layers that `inputs` yields, and what follows sees the change.
 
     The graph is cut at the residual stream, so memory holds the stream of all samples and one block's activations of one batch; twice the
-    stream if `exact` asks for the model as it was, whose weights are then released block by block.
+    stream if `exact` asks for the model as it was, whose weights are then released block by block. Large streams are on disk where the
+    graph has a store.
 
     Args:
         gm: the graph.
@@ -124,7 +135,7 @@ class Prefix:
         for stream, own in ((self.now, block), (self.was, self._twin(block) if self.was else block)):
             if stream is not None:
                 batches = enumerate(self.ctx.calibration)
-                stream.entering = [stream.values(own, index, batch, own.exit) for index, batch in batches]
+                stream.entering = [stream.leaving(stream.values(own, index, batch, own.exit)) for index, batch in batches]
         if self.was is not None:
             self._release(self.was.gm, self._twin(block))
 
@@ -174,7 +185,7 @@ def still_inputs(
                 for encoding, errors in noise[source].items():
                     e = x - numerics.fake_quantize(values[source], encoding).flatten(0, -2).float()
                     errors.addmm_(e.T, e)
-            stream.entering[index] = {node: values[node] for node in leaving}
+            stream.entering[index] = stream.leaving({node: values[node] for node in leaving})
             count += tokens_in(batch)
         n = max(count, 1)
         for source, layers in readers.items():

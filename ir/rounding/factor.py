@@ -16,13 +16,16 @@ def factored(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     Raises:
         DataError: it is far from positive semidefinite.
     """
-    H = gram.double()
-    mean = H.diagonal().mean().where(H.diagonal().sum() > 0, 1.0)
-    dead = torch.where(H.diagonal() > 0, 0.0, mean - H.diagonal())
+    H = gram.to(torch.float64, copy=True)
+    diagonal = H.diagonal().clone()
+    mean = diagonal.mean().where(diagonal.sum() > 0, 1.0)
+    dead = torch.where(diagonal > 0, 0.0, mean - diagonal)
     while damping <= 10:
-        damped = H + torch.diag(dead + damping * mean)
-        L, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        H.diagonal().copy_(diagonal + (dead + damping * mean))
+        R, failed = torch.linalg.cholesky_ex(H.flip(0, 1))
         if not failed:
-            return damped, torch.linalg.solve_triangular(L.flip(0, 1), torch.eye(len(H), dtype=H.dtype, device=H.device), upper=True)
+            R = R.flip(0, 1)  # matrices of wide layers take hundreds of megabytes: none is held longer than needed
+            U = torch.eye(len(H), dtype=H.dtype, device=H.device).mT  # by columns, as LAPACK wants it
+            return H, torch.linalg.solve_triangular(R, U, upper=True, out=U)
         damping = max(10 * damping, 1e-6)
     raise DataError("the Gram matrix is not positive semidefinite", remedy="calibrate again")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ir import edit
+from ir import edit, evaluate
 from ir.encoding import Encoding
 from ir.place import device_of, place
 from ir.serialize import load_graph, save_graph
@@ -24,8 +24,7 @@ class ReferenceExecutable:
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Flat outputs for flat inputs."""
-        outputs: tuple[Tensor, ...] = self.gm(*inputs)
-        return outputs
+        return evaluate.run(self.gm, inputs)
 
     @property
     def device(self) -> torch.device:

@@ -12,10 +12,11 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ir.activations import raise_activations
-from ir.edit import clean, drop_unread, replace, settle_sizes, value
+from ir.edit import clean, drop_unread, replace, value
 from ir.linear import fold_bias, raise_linear
 from ir.match import aten, find, is_call, is_tensor, operand, operands
 from ir.rmsnorm import raise_rms_norm
+from ir.settle import settle_sizes
 from ir.spelling import CASTS, join_reshapes, spell_casts, spell_reshapes
 
 CHECKS = (

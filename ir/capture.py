@@ -22,6 +22,7 @@ from ir import edit
 from ir.errors import CaptureError, DataError
 from ir.flatten import flatten, input_names, output_names
 from ir.signature import CACHE
+from ir.store import store_of
 
 BATCH, LENGTH, PAST = 2, 3, 5  # sizes of the traced example; sizes of 0 and 1 would be specialised
 
@@ -149,6 +150,8 @@ def _capture_pretrained(model: transformers.PreTrainedModel, inputs: Inputs) -> 
     gm = flatten(program.module(check_guards=False), names, outputs, example, output_class, positional)
     gm.meta["config"], gm.meta["architecture"] = model.config, type(model).__name__
     gm.meta["generation"] = getattr(model, "generation_config", None)
+    if (store := store_of(model)) is not None:
+        gm.meta[edit.STORE] = store
     return gm
 
 

@@ -1,7 +1,7 @@
 """The one place that changes graphs: emit, replace, parameters, clean."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import Target, map_arg
 
+STORE = "store"  # the entry of a graph's meta: the `Store` that its large tensors are kept in, if it has one
 KEPT_META = ("stack_trace", "nn_module_stack")  # provenance that an emitted node inherits
 
 
@@ -48,24 +49,16 @@ def emit(
 
 def infer(node: Node) -> None:
     """Set a call's `meta["val"]` from its operands' values."""
-    mode = _fake_mode(node.graph)
+    mode = fake_mode(node.graph)
     args, kwargs = map_arg((node.args, node.kwargs), value)
-    with mode if mode is not None else _nothing(), torch.no_grad():
+    with mode if mode is not None else nullcontext(), torch.no_grad():
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-def _fake_mode(graph: Graph) -> Any:
-    """The mode that made the graph's fake tensors."""
-    for node in graph.nodes:
-        mode = getattr(node.meta.get("val"), "fake_mode", None)
-        if mode is not None:
-            return mode
-    return None
+def fake_mode(graph: Graph) -> Any:
+    """The mode that made the graph's fake tensors, if there is one."""
+    modes = (getattr(node.meta.get("val"), "fake_mode", None) for node in graph.nodes)
+    return next((mode for mode in modes if mode is not None), None)
 
 
 def replace(node: Node, new: Node) -> None:
@@ -79,6 +72,13 @@ def attribute(gm: GraphModule, node: Node) -> Tensor:
     holder, _, name = str(node.target).rpartition(".")
     tensor = getattr(gm.get_submodule(holder), name)
     assert isinstance(tensor, torch.Tensor)
+    return counted(gm, tensor)
+
+
+def counted(gm: GraphModule, tensor: Tensor) -> Tensor:
+    """A tensor of the graph that is about to be read; where the graph has a store, it releases what was read before every so often."""
+    if STORE in gm.meta:
+        gm.meta[STORE].count(tensor.nbytes)
     return tensor
 
 
@@ -101,7 +101,11 @@ def set_attribute(gm: GraphModule, node: Node, tensor: Tensor) -> None:
 
 
 def store(gm: GraphModule, name: str, tensor: Tensor) -> None:
-    """Put `tensor` under a dotted name of the module tree: floats as frozen parameters, the rest as buffers."""
+    """Put `tensor` under a dotted name of the module tree, large ones on disk where the graph has a store.
+
+    Floats are frozen parameters, the rest buffers.
+    """
+    tensor = gm.meta[STORE].keep(tensor) if STORE in gm.meta else tensor
     holder, _, leaf = name.rpartition(".")
     module = _submodule(gm, holder)
     for registry in (module._parameters, module._buffers):
@@ -132,7 +136,7 @@ def _taken(gm: GraphModule, name: str) -> bool:
 
 
 def _fake(gm: GraphModule, tensor: Tensor) -> Any:
-    mode = _fake_mode(gm.graph)
+    mode = fake_mode(gm.graph)
     return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
 
 
@@ -173,39 +177,6 @@ def drop_unread(gm: GraphModule) -> int:
             gm.graph.erase_node(node)
             count += 1
     return count
-
-
-def settle_sizes(gm: GraphModule) -> int:
-    """Write sizes that turned out to be fixed while the graph was traced as numbers; says how many nodes recorded one as a symbol."""
-    mode = _fake_mode(gm.graph)
-    count = 0
-    for node in list(gm.graph.nodes):
-        fake = node.meta.get("val")
-        if isinstance(fake, torch.SymInt) and _settled(fake) is not fake:
-            for user in list(node.users):
-                _pass_number(user, node, _settled(fake))
-            count += 1
-        elif isinstance(fake, torch.Tensor) and any(_settled(size) is not size for size in fake.shape):
-            with mode if mode is not None else _nothing():
-                shape, stride = [_settled(size) for size in fake.shape], [_settled(step) for step in fake.stride()]
-                node.meta["val"] = torch.empty_strided(shape, stride, dtype=fake.dtype, device=fake.device)
-            count += 1
-    return count
-
-
-def _pass_number(user: Node, old: Node, number: int) -> None:
-    """Let a call read a number where it read a node."""
-
-    def substitute(read: Node) -> Any:
-        return number if read is old else read
-
-    user.args, user.kwargs = map_arg(user.args, substitute), map_arg(user.kwargs, substitute)
-
-
-def _settled(size: Any) -> Any:
-    """A size as a number if it is known, itself otherwise."""
-    number = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
-    return size if number is None else number
 
 
 def copied(gm: GraphModule) -> GraphModule:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from ir import edit
 from ir.canonical import drop_checks
 from ir.errors import CaptureError
+from ir.settle import settle_sizes
 from ir.signature import CACHE, CACHE_PARTS, PRESENT, Port, Signature
 
 
@@ -52,7 +53,7 @@ def flatten(
     gm.meta["signature"] = Signature(tuple(ports), tuple(results), output_class, tuple(positional))
     gm.meta["example"] = [leaf.detach().clone() for leaf in example]
     drop_checks(gm)
-    edit.settle_sizes(gm)
+    settle_sizes(gm)
     gm.recompile()
     return gm
 

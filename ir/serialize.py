@@ -2,14 +2,14 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
@@ -19,8 +19,12 @@ from ir.errors import DataError, OptionError
 from ir.files import inside, read_json
 from ir.ops import DEQUANTIZE
 from ir.resolve import resolve
+from ir.store import Store
+from ir.tensor_file import ALIGNED, Source, write_tensors
 
 GRAPH_FILE, WEIGHTS_FILE, FORMAT = "graph.json", "weights.safetensors", 1
+AT_ONCE = 1 << 22  # codes that are packed or unpacked at once
+LARGE = 1 << 30  # bytes of weights, of which more stay on disk
 NAME = re.compile(r"[^\"'\\\s]+")  # fx writes names into source code, between quotes where they are no identifiers
 TORCH_VALUES = (torch.dtype, torch.layout, torch.memory_format)
 CONSTANTS = {name: value for name, value in vars(torch).items() if isinstance(value, TORCH_VALUES)}
@@ -37,7 +41,7 @@ def save_graph(gm: GraphModule, directory: Path) -> None:
     nodes = [_node(node) for node in gm.graph.nodes]
     packed = {name: [str(encoding), list(_tensor(gm, name).shape)] for name, encoding in encodings.items()}
     names = sorted({str(node.target) for node in gm.graph.nodes if node.op == "get_attr"})
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Source] = {}
     owners: dict[int, str] = {}
     shared: dict[str, str] = {}
     for name in names:
@@ -47,10 +51,46 @@ def save_graph(gm: GraphModule, directory: Path) -> None:
             shared[name] = owners[key]
             continue
         owners[key] = name
-        tensors[name] = (numerics.pack(tensor, encodings[name]) if name in encodings else tensor).detach().contiguous()
-    save_file(tensors, directory / WEIGHTS_FILE)
+        tensors[name] = _Stored(gm, name, encodings.get(name))
+    write_tensors(directory / WEIGHTS_FILE, tensors)
     data = {"format": FORMAT, "nodes": nodes, "packed": packed, "shared": shared}
     (directory / GRAPH_FILE).write_text(json.dumps(data), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of a graph as it is written: codes of fewer than 8 bits packed, some rows at a time."""
+
+    gm: GraphModule
+    name: str
+    encoding: Encoding | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _tensor(self.gm, self.name).dtype if self.encoding is None else torch.uint8
+
+    @property
+    def shape(self) -> Sequence[int]:
+        shape = _tensor(self.gm, self.name).shape
+        return shape if self.encoding is None else _packed_shape(shape, self.encoding)
+
+    def pieces(self) -> Iterator[Tensor]:
+        tensor = edit.counted(self.gm, _tensor(self.gm, self.name)).detach()
+        if self.encoding is None:
+            yield tensor
+            return
+        for rows in _rows(tensor, tensor.shape[-1]):
+            yield numerics.pack(rows, self.encoding)
+
+
+def _rows(tensor: Tensor, size: int) -> Sequence[Tensor]:
+    """A tensor of codes, or of their bytes, as parts of as many rows as have some million codes; a row has `size` of them."""
+    rows = tensor.flatten(0, -2) if tensor.ndim > 1 else tensor[None]
+    return torch.split(rows, max(1, AT_ONCE // max(size, 1)))
+
+
+def _packed_shape(shape: Sequence[int], encoding: Encoding) -> tuple[int, ...]:
+    return (*shape[:-1], -(-shape[-1] * encoding.bits // 8))
 
 
 def load_graph(directory: Path) -> GraphModule:
@@ -81,22 +121,29 @@ def load_graph(directory: Path) -> GraphModule:
 
 
 def _store_weights(gm: GraphModule, path: Path, packed: dict[str, Any]) -> set[str]:
-    """Put the tensors of a file into a module, codes unpacked; returns their names."""
-    with safe_open(path, framework="pt") as stored:
-        names = set(stored.keys())
-        for name in names:
-            tensor = stored.get_tensor(name).clone()  # aligned as torch aligns memory, which decides the last bit of products
-            edit.store(gm, name, _unpacked(name, tensor, *packed[name]) if name in packed else tensor)
-    return names
+    """Put the tensors of a file into a module, codes unpacked; returns their names. Those of a large file stay on disk, mapped."""
+    store, large = Store(), path.stat().st_size > LARGE
+    if large:
+        gm.meta[edit.STORE] = store
+    stored = store.open(path)
+    for name, tensor in stored.items():
+        edit.counted(gm, tensor)
+        if name in packed:
+            edit.store(gm, name, _unpacked(name, tensor, *packed[name]))
+        else:  # aligned as torch aligns memory, which decides the last bit of products
+            edit.store(gm, name, tensor if large and tensor.data_ptr() % ALIGNED == 0 else tensor.clone())
+    return set(stored)
 
 
 def _unpacked(name: str, tensor: Tensor, text: str, shape: list[int]) -> Tensor:
     """Codes from bytes, of which there must be as many as encoding and shape say: a stated shape alone takes no memory."""
     encoding = Encoding.parse(text)
-    taken = (*shape[:-1], -(-shape[-1] * encoding.bits // 8))
-    if tensor.dtype != torch.uint8 or tuple(tensor.shape) != taken or encoding.bits >= 8:
+    if tensor.dtype != torch.uint8 or tuple(tensor.shape) != _packed_shape(shape, encoding) or encoding.bits >= 8:
         raise DataError(f"{name} has {tensor.dtype} {list(tensor.shape)} for codes {encoding} of the shape {shape}")
-    return numerics.unpack(tensor, encoding, shape[-1])
+    codes = torch.empty(shape, dtype=numerics.storage_dtype(encoding))
+    for rows, part in zip(_rows(codes, shape[-1]), _rows(tensor, shape[-1]), strict=True):
+        rows.copy_(numerics.unpack(part, encoding, shape[-1]))
+    return codes
 
 
 def _tensor(gm: GraphModule, name: str) -> Tensor:

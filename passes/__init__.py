@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from passes.compiled import Compiled, load
     from passes.driver import compile
     from passes.exporters import Quantizer
+    from passes.loading import load_model
     from passes.pipeline import Pipeline
     from passes.ranks import Ranks
     from passes.recipe import Recipe
@@ -33,6 +34,7 @@ _WHERE = {
     "emit": "ir.edit",
     "find": "ir.match",
     "load": "passes.compiled",
+    "load_model": "passes.loading",
     "replace": "ir.edit",
 }
 
@@ -51,6 +53,7 @@ __all__ = [
     "emit",
     "find",
     "load",
+    "load_model",
     "presets",
     "replace",
 ]

@@ -42,7 +42,7 @@ app = typer.Typer(
 
 Window = Annotated[int, typer.Option(min=2, help="Tokens in a window of text.")]
 Windows = Annotated[int, typer.Option(min=1, help="Windows of the text to measure on, from its beginning.")]
-Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16: the dtype that the model is loaded in.")]
+Dtype = Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto (the checkpoint's own): the dtype to load in.")]
 NoOpen = Annotated[bool, typer.Option("--no-open", help="Only print where the page is.")]
 Model = Annotated[str, typer.Argument(help="A folder with a checkpoint, or a model on the Hub.")]
 
@@ -86,7 +86,7 @@ def compile_(
     tokenizer = loading.load_tokenizer(model, needed=bool(calibration_text or test_text))
     batches = loading.calibration_batches(calibration_text, tokenizer, samples, window, seed) if calibration_text else None
     ids = token_windows(test_text, tokenizer, window, windows) if test_text else None
-    original = loading.load_model(model, dtype)
+    original = loading.load_model(model, dtype, scratch=_existing(out))
     _quiet()
     options: dict[str, Any] = {"seed": seed, "allow_partial": allow_partial, "progress": _progress(), "ranks": ranks}
     compiled = passes.compile(original, steps, batches, target, tokenizer=tokenizer, **options)
@@ -230,6 +230,11 @@ def _print(*parts: Any) -> None:
         console = Console(markup=False, highlight=False, width=WIDTH)
     for part in parts:
         console.print(part)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above a path that there is."""
+    return next(folder for folder in path.resolve().parents if folder.is_dir())
 
 
 def _progress() -> "Progress":

@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 from ir.checkpoints import bounded, check_checkpoint
 from ir.errors import DataError, FxpressError, OptionError
 from ir.files import read_text
+from ir.store import Store, attach
 from passes.calibration import token_windows
 from passes.folders import MANIFEST
+from passes.opening import open_shards, shards
 
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", "float16", "bfloat16", "auto")
 LONGEST = 1 << 32  # bytes of a text
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -27,13 +29,21 @@ def is_compiled(source: str | Path) -> bool:
     return (Path(source) / MANIFEST).is_file()
 
 
-def load_model(source: str, dtype: str = "float32") -> PreTrainedModel:
+def load_model(source: str | Path, dtype: str = "float32", scratch: str | Path | None = None) -> PreTrainedModel:
     """The model in a folder or on the Hub, in inference mode, as the architecture that its configuration names.
+
+    The weights of a folder of safetensors stay on disk, mapped; so do those that passes make of them. The folder is never written to.
+
+    Args:
+        source: a folder, or a name on the Hub, whose model is loaded into memory.
+        dtype: float32, float16 or bfloat16; "auto" for the checkpoint's own, which alone makes no converted copy on disk.
+        scratch: a folder on a disk for files that go away with the process; the system's for temporary files if None.
 
     Raises:
         OptionError: a dtype that is not supported.
         DataError: no such model, one that needs its own code, or weights that are missing.
     """
+    source = str(source)
     if dtype not in DTYPES:
         raise OptionError(f"there is no dtype {dtype!r}", where="--dtype", remedy=f"there are {list(DTYPES)}")
     if is_compiled(source):
@@ -45,10 +55,7 @@ def load_model(source: str, dtype: str = "float32") -> PreTrainedModel:
         check_checkpoint(local)
     with _quiet(), bounded(local) if local is not None else contextlib.nullcontext():
         try:
-            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-            model, info = model_class(config).from_pretrained(
-                source, config=config, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=False
-            )
+            model, info = _loaded(source, local, dtype, Store(scratch))
         except FxpressError:
             raise
         except Exception as error:  # whatever a class says of a configuration that it did not expect
@@ -58,8 +65,21 @@ def load_model(source: str, dtype: str = "float32") -> PreTrainedModel:
     missing = sorted(info["missing_keys"])
     if missing:
         raise DataError(f"{len(missing)} weights are missing, {missing[0]} among them", where=source, remedy="complete the checkpoint")
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+    return model
+
+
+def _loaded(source: str, local: Path | None, dtype: str, store: Store) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers tells of loading it."""
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    kind = model_class(config)
+    files = shards(local, config) if local is not None and issubclass(kind, PreTrainedModel) else []
+    if local is not None and files:
+        model, info = open_shards(kind, local, config, files, dtype, store)
+        attach(model, store)
+    else:
+        wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+        model, info = kind.from_pretrained(source, config=config, dtype=wanted, output_loading_info=True, trust_remote_code=False)
+    return model.eval(), info
 
 
 def model_class(config: Any) -> Any:

@@ -55,7 +55,8 @@ class Prefix:
     """Inputs of layers in the order that they run: change the layers that `inputs` yields, and what follows sees the change.
 
     The graph is cut at the residual stream, so memory holds the stream of all samples and one block's activations of one batch; twice the
-    stream if `exact` asks for the model as it was, whose weights are then released block by block.
+    stream if `exact` asks for the model as it was, whose weights are then released block by block. Large streams are on disk where the
+    graph has a store.
 
     Args:
         gm: the graph.

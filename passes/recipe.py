@@ -13,6 +13,7 @@ import yaml
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ir import edit
 from ir.errors import DataError, OptionError
 from ir.files import read_text
 
@@ -112,13 +113,14 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in tensors:
         empty = False
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return "none" if empty else digest.hexdigest()
 
 
 def weights_fingerprint(gm: GraphModule) -> str:
     """The digest of all parameters and buffers of a graph."""
-    return fingerprint(sorted([*gm.named_parameters(), *gm.named_buffers()], key=lambda pair: pair[0]))
+    stored = sorted([*gm.named_parameters(), *gm.named_buffers()], key=lambda pair: pair[0])
+    return fingerprint((name, edit.counted(gm, tensor)) for name, tensor in stored)
 
 
 def calibration_fingerprint(batches: Sequence[Sequence[Tensor]]) -> str:

@@ -16,7 +16,7 @@ from passes.base import Context
 from passes.calibration import tokens_in
 from passes.memo import Tensors
 from passes.prefix import Inputs, Source, finite
-from passes.stream import Stream, contiguous
+from passes.stream import Stream
 from passes.walk import Walk
 
 Roundings = Mapping[Node, Collection[Encoding]]
@@ -104,7 +104,7 @@ class _Still:
                 for encoding, errors in noise.items():
                     e = x - numerics.fake_quantize(values[source], encoding).flatten(0, -2).float()
                     errors.addmm_(e.T, e)
-            self.stream.entering[index] = {node: contiguous(values[node]) for node in leaving}
+            self.stream.entering[index] = self.stream.leaving({node: values[node] for node in leaving})
 
         found = {}
         for source, (total, gram, noise) in by_source(self.ctx.total(zeros, take)).items():

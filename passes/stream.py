@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from ir import edit, evaluate
 from ir.blocks import Block
 from ir.errors import DataError
+from ir.store import HANDED_OUT, Store
 from passes.memo import Tensors
 
 Values = dict[Node, Any]
@@ -36,6 +37,8 @@ class Stream:
 
     def values(self, block: Block, index: int, batch: Sequence[Tensor], keep: Sequence[Node]) -> Values:
         """The values of `keep`, nodes of the block, for one batch."""
+        for value in self.entering[index].values():
+            edit.counted(self.gm, value)
         given = evaluate.bind(self.gm, batch) | self.entering[index]
         needed = evaluate.ancestors(keep, stop=given)
         known = [node for node in (*self.outside, *block.nodes) if node in needed]
@@ -47,7 +50,14 @@ class Stream:
         """Run a block, and let what leaves it enter the next one: in one order in memory, as it is when it was kept on disk."""
         for index in self.own:
             values = self.values(block, index, calibration[index], block.exit)
-            self.entering[index] = {node: contiguous(value) for node, value in values.items()}
+            self.entering[index] = self.leaving(values)
+
+    def leaving(self, values: Values) -> Values:
+        """What enters the next block, of one batch; on disk if the graph has a store, and the values of all batches are large."""
+        store: Store | None = self.gm.meta.get(edit.STORE)
+        if store is None or len(self.own) * sum(value.nbytes for value in values.values()) < HANDED_OUT:
+            return {node: contiguous(value) for node, value in values.items()}
+        return {node: store.keep(contiguous(value), apart=True) for node, value in values.items()}
 
     def stored(self, name: str) -> Tensors | None:
         """All that enters the next block, by names that begin with one; None if not all of it are tensors."""

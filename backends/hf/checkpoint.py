@@ -18,9 +18,11 @@ from backends.hf.quantized import Rounded, remarks, rounded_linears
 from backends.hf.schema import Quantization
 from backends.hf.shapes import empty, fitting, numbers, parameters, sizes, tied
 from backends.hf.survey import WHERE, survey
-from ir import edit
+from backends.hf.writing import named, write_model
+from ir import edit, evaluate
 from ir.capture import capture
 from ir.checkpoints import CONFIG, bounded, check_checkpoint
+from ir.deferred import Deferred
 from ir.errors import BackendError, DataError, FxpressError
 from ir.files import inside
 from ir.sites import layers
@@ -56,18 +58,23 @@ class Checkpoint:
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Flat outputs for flat inputs, of the graph."""
-        outputs: tuple[Tensor, ...] = self.gm(*inputs)
-        return outputs
+        return evaluate.run(self.gm, inputs)
 
     def save(self, directory: Path) -> None:
         """Write `config.json`, `generation_config.json` if the model generates, and safetensors under the names of its class."""
-        state = self.model.state_dict()
-        for name, linear in self.linears.items():
-            state |= {f"{name}.{part}": tensor for part, tensor in linear.tensors()}
-        state |= dict(self.cache.tensors() if self.cache else ())
         if self.quantization is not None:
             self.model.config.quantization_config = self.quantization
-        self.model.save_pretrained(directory, state_dict=state, max_shard_size=self.shard)
+        write_model(self.model, self.tensors(), directory, self.shard, self.gm.meta.get(edit.STORE))
+
+    def tensors(self) -> dict[str, Deferred]:
+        """All that is stored, by name.
+
+        Raises:
+            BackendError: the class stores quantized linears in a form that they do not have.
+        """
+        packed = {f"{name}.{part}": tensor for name, linear in self.linears.items() for part, tensor in linear.tensors()}
+        packed |= {name: Deferred.of(scale) for name, scale in (self.cache.tensors() if self.cache else ())}
+        return named(self.model, packed)
 
     def report(self) -> dict[str, Any]:
         """The numbers of the configuration that are new, and what it states of compressed weights."""
@@ -88,7 +95,7 @@ def lower(gm: GraphModule, notes: list[str], shard: str = "5GB") -> Checkpoint:
     floats |= {name: tensor for name, tensor in norm_vectors(gm, original, floats).items() if name in known}
     dtype = next(iter(floats.values())).dtype
     rounded, cache = rounded_linears(gm, dtype), rounded_cache(gm, original, dtype)
-    wanted = sizes(floats) | {f"{name}.weight": tuple(linear.codes.shape) for name, linear in rounded.items()}
+    wanted = sizes(floats) | {f"{name}.weight": linear.shape for name, linear in rounded.items()}
     left = _left(known, wanted)
     state = {_renumbered(name, left): tensor for name, tensor in floats.items()}
     linears = {_renumbered(name, left): linear for name, linear in rounded.items()}
@@ -105,7 +112,9 @@ def lower(gm: GraphModule, notes: list[str], shard: str = "5GB") -> Checkpoint:
             changed = _new(config, fitted)
             notes.append(f"hf: {architecture} with {changed or 'its own configuration'}; its logits differ by {found:.1e}")
             notes += remarks(linears) + (cache.remarks() if cache else [])
-            return Checkpoint(gm, model, changed, shard, cache)
+            made = Checkpoint(gm, model, changed, shard, cache)
+            made.tensors()  # refuses now what could not be saved
+            return made
         failure = f"with its shapes the class gives other logits (relative difference {found:.1e})"
     missing = set() if left else {name for name, names in tied(original).items() if names.isdisjoint(wanted)}
     raise _refusal(architecture, failure, missing, _surplus(gm, known))
@@ -158,8 +167,8 @@ def _compressed(
     for name, scheme in stated.schemes(linear_names(described)).items():
         own = {part: state.pop(f"{name}.{part}") for part in parts.pop(name, {}) if part != "bias"}
         linears[name] = Rounded.read(scheme, own)
-        if linears[name].codes.shape != described.get_submodule(name).weight.shape:
-            raise DataError(f"{name} has weights of the shape {list(linears[name].codes.shape)}", where=str(directory))
+        if linears[name].shape != tuple(described.get_submodule(name).weight.shape):
+            raise DataError(f"{name} has weights of the shape {list(linears[name].shape)}", where=str(directory))
     there = state.keys() | {f"{name}.weight" for name in linears}
     missing = sorted(name for name, names in tied(described).items() if names.isdisjoint(there))
     if missing:

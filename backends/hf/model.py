@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from transformers.initialization import no_init_weights
 
 from backends.hf.cache import RoundedCache
 from backends.hf.quantized import Rounded
+from ir import edit, evaluate
 from ir.signature import CACHE, Signature
+from ir.store import Store
 from passes.probe import relative_error
 
 CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the logits, relative
@@ -56,10 +59,25 @@ def difference(gm: GraphModule, model: transformers.PreTrainedModel) -> float:
     given = {port.name: value for port, value in zip(signature.inputs, gm.meta["example"], strict=True) if not port.cached}
     given = {"input_ids": given["input_ids"]} if "input_ids" in given else given
     caches: list[dict[str, Any]] = [{}, {}]
+    _count(model, gm.meta.get(edit.STORE))
     greatest = 0.0
     for _ in range(2 if signature.causal else 1):
-        mine = signature.wrap(gm(*signature.bind(**given, **caches[0])))
+        mine = signature.wrap(evaluate.run(gm, signature.bind(**given, **caches[0])))
         theirs = model(**given, **caches[1])
         greatest = max(greatest, relative_error((mine[0],), (theirs[0],)))
         caches = [{CACHE: found.get(CACHE)} if CACHE in found else {} for found in (mine, theirs)]
     return greatest
+
+
+def _count(model: nn.Module, store: Store | None) -> None:
+    """Let a model's modules count what they read of the graph's tensors, so that it is released again."""
+    if store is None:
+        return
+    for module in model.modules():
+        read = [module.stored] if isinstance(module, Rounded) else list(module.parameters(recurse=False))
+        if read:
+            module.register_forward_pre_hook(partial(_count_read, store, sum(tensor.nbytes for tensor in read)))
+
+
+def _count_read(store: Store, size: int, *_: Any) -> None:
+    store.count(size)

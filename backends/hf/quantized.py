@@ -13,25 +13,29 @@ from torch.fx import GraphModule, Node
 
 from backends.hf.schema import PACKED, Arguments, Scheme
 from ir import edit, numerics
+from ir.deferred import Deferred
 from ir.encoding import Encoding
 from ir.errors import BackendError, DataError
 from ir.ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 from ir.sites import Layer, layers
 
-ROWS = 4096  # packed at once
+CODES = 1 << 22  # packed at once: each takes up to 16 bytes on the way
 
 
 class Rounded(nn.Module):
     """A linear with a rounded weight, which computes as the graph does.
 
+    What is stored otherwise than it was given is made anew each time that it is read, so that many linears take no memory of their own.
+
     Args:
         scheme: how weight and input are rounded, and stored.
         codes: of the weight, `[N, K]`.
         scale: of the weight, `[N, G]`, one for each of `G` groups of a channel.
-        zero_point: likewise; None if the weight is symmetric.
+        zero_point: likewise; None if there are none. A scheme without zero points stores `q − z`.
         input_scale: of a static input, `[1]`; None if it is dynamic, or not rounded.
         input_zero_point: of a static asymmetric input, `[1]`.
-        bits: that the weight was rounded to, if it is kept in more.
+        dtype: in which scales are stored; their own if there is none.
+        given: the encoding of codes and zero points; the scheme's own if there is none.
     """
 
     def __init__(
@@ -42,13 +46,41 @@ class Rounded(nn.Module):
         zero_point: Tensor | None = None,
         input_scale: Tensor | None = None,
         input_zero_point: Tensor | None = None,
-        bits: int = 0,
+        dtype: torch.dtype | None = None,
+        given: Encoding | None = None,
     ) -> None:
         super().__init__()
-        self.bits = bits or scheme.weights.num_bits
-        self.scheme, self.codes, self.scale, self.zero_point = scheme, codes, scale, zero_point
+        self.scheme, self.dtype, self.given = scheme, dtype or scale.dtype, given or scheme.weights.encoding
+        self._codes, self._scale, self._zero_point = codes, scale, zero_point
         self.input_scale, self.input_zero_point = input_scale, input_zero_point
         self.bias: nn.Parameter | None = None  # that of the linear whose place it takes
+
+    @property
+    def stored(self) -> Tensor:
+        """The codes as they were given."""
+        return self._codes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight, `[N, K]`."""
+        return tuple(self._codes.shape)
+
+    @property
+    def codes(self) -> Tensor:
+        """Of the weight, as the scheme means them, `[N, K]`."""
+        if self._zero_point is None or not self.scheme.weights.symmetric:
+            return self._codes
+        return (self._codes.to(torch.int16) - numerics.expand(self._zero_point.to(torch.int16), self.given, self.shape)).to(torch.int8)
+
+    @property
+    def scale(self) -> Tensor:
+        """Of the weight, `[N, G]`."""
+        return self._scale.to(self.dtype)
+
+    @property
+    def zero_point(self) -> Tensor | None:
+        """Of the weight, `[N, G]`; None if the scheme has none."""
+        return None if self.scheme.weights.symmetric else self._zero_point
 
     def forward(self, x: Tensor) -> Tensor:
         """`Q(x) Ŵᵀ + b`."""
@@ -63,23 +95,26 @@ class Rounded(nn.Module):
             zero_point = None if given.symmetric else chosen
         return DEQUANTIZE(QUANTIZE(x, scale, zero_point, text), scale, zero_point, text, x.dtype)  # type: ignore[no-any-return]
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """What a checkpoint stores, by the names that it has there."""
-        weights, given = self.scheme.weights, self.scheme.input_activations
-        yield "weight_scale", self.scale
+    def tensors(self) -> Iterator[tuple[str, Deferred]]:
+        """What a checkpoint stores, by the names that it has there, made when it is written."""
+        weights, given, zero_point = self.scheme.weights, self.scheme.input_activations, self.zero_point
+        (rows, columns), bits = self.shape, weights.num_bits
+        yield "weight_scale", Deferred(self.dtype, tuple(self._scale.shape), lambda: self.scale)
         if self.scheme.format == PACKED:
-            yield "weight_packed", _packed(self.codes, weights.encoding)
-            yield "weight_shape", torch.tensor(self.codes.shape)
-            if self.zero_point is not None:
-                yield "weight_zero_point", _packed(self.zero_point.T, weights.encoding).T.contiguous()
+            yield "weight_packed", Deferred(torch.int32, (rows, -(-columns * bits // 32)), lambda: _packed(self.codes, weights.encoding))
+            yield "weight_shape", Deferred.of(torch.tensor(self.shape))
+            if zero_point is not None:
+                words = (-(-rows * bits // 32), zero_point.shape[1])
+                yield "weight_zero_point", Deferred(torch.int32, words, lambda: _packed(zero_point.T, weights.encoding).T)
         else:
-            yield "weight", _signed(self.codes, weights)
-            if self.zero_point is not None:
-                yield "weight_zero_point", _signed(self.zero_point, weights)
+            dtype = numerics.storage_dtype(weights.encoding) if weights.symmetric else torch.int8
+            yield "weight", Deferred(dtype, self.shape, lambda: _signed(self.codes, weights))
+            if zero_point is not None:
+                yield "weight_zero_point", Deferred(torch.int8, tuple(zero_point.shape), lambda: _signed(zero_point, weights))
         if self.input_scale is not None:
-            yield "input_scale", self.input_scale.clone()  # linears that read one tensor share it, files do not
+            yield "input_scale", Deferred.of(self.input_scale)
         if given is not None and self.input_zero_point is not None:
-            yield "input_zero_point", _signed(self.input_zero_point, given)
+            yield "input_zero_point", Deferred.of(_signed(self.input_zero_point, given))
 
     @classmethod
     def read(cls, scheme: Scheme, stored: Mapping[str, Tensor]) -> "Rounded":
@@ -115,12 +150,16 @@ class Rounded(nn.Module):
 
 def _packed(codes: Tensor, encoding: Encoding) -> Tensor:
     """Codes as a stream of bits along the last axis, least significant first, in whole int32 words."""
-    streams = torch.cat([numerics.pack(rows, encoding) for rows in torch.split(codes, ROWS)])
+    streams = torch.cat([numerics.pack(rows, encoding) for rows in torch.split(codes, _rows(codes.shape[-1]))])
     return nn.functional.pad(streams, (0, -streams.shape[-1] % 4)).view(torch.int32)
 
 
+def _rows(columns: int) -> int:
+    return max(1, CODES // max(1, columns))
+
+
 def _unpacked(packed: Tensor, encoding: Encoding, size: int) -> Tensor:
-    return torch.cat([numerics.unpack(rows.view(torch.uint8), encoding, size) for rows in torch.split(packed, ROWS)])
+    return torch.cat([numerics.unpack(rows.view(torch.uint8), encoding, size) for rows in torch.split(packed, _rows(size))])
 
 
 def _signed(codes: Tensor, arguments: Arguments) -> Tensor:
@@ -156,15 +195,12 @@ def _of_layer(gm: GraphModule, layer: Layer, dtype: torch.dtype) -> Rounded:
     assert weight is not None and codes is not None and scale is not None
     # What is chosen at run time is no constant.
     input_scale, input_zero_point = (None, None) if given is None else (_constant(gm, operand) for operand in x.args[1:3])
-    shape, scheme = tuple(codes.shape), Scheme.of(weight, given, tuple(codes.shape))
-    if zero_point is not None and scheme.weights.symmetric:
-        codes = (codes.to(torch.int16) - numerics.expand(zero_point.to(torch.int16), weight, shape)).to(torch.int8)
-        zero_point = None
+    scheme = Scheme.of(weight, given, tuple(codes.shape))
     if input_scale is not None:
         input_scale = input_scale.reshape(1).to(dtype)
     if input_zero_point is not None:
         input_zero_point = input_zero_point.reshape(1)
-    return Rounded(scheme, codes, scale.to(dtype), zero_point, input_scale, input_zero_point, weight.bits)
+    return Rounded(scheme, codes, scale, zero_point, input_scale, input_zero_point, dtype, weight)
 
 
 def _constant(gm: GraphModule, operand: object) -> Tensor | None:
@@ -174,7 +210,7 @@ def _constant(gm: GraphModule, operand: object) -> Tensor | None:
 
 def remarks(linears: Mapping[str, Rounded]) -> list[str]:
     """What users of a checkpoint should know of its linears."""
-    taken = {(linear.bits, linear.scheme.weights.num_bits if linear.scheme.format == PACKED else 8) for linear in linears.values()}
+    taken = {(linear.given.bits, linear.scheme.weights.num_bits if linear.scheme.format == PACKED else 8) for linear in linears.values()}
     found = [f"hf: {bits}-bit weights take {room} bits each" for bits, room in sorted(taken) if bits != room]
     if any(room == 2 for _, room in taken):
         found.append("hf: transformers runs 2-bit weights; whether others do was not tried")

@@ -1,6 +1,7 @@
 """The backend `onnx`: quantized graphs as standard QuantizeLinear/DequantizeLinear models that ONNX Runtime fuses, proven on a probe."""
 
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ __all__ = ["OnnxExecutable", "OnnxQdq"]
 OPSETS = (21, 22, 23, 24, 25)
 ACCURACY_LEVELS = (0, 1, 4)
 DTYPES = ("float32",)
+UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class OnnxQdq:
         dtype: the dtype of everything that is not quantized.
         signed: whether integer products store signed weights; None: signed where the processor multiplies bytes exactly (VNNI, Arm),
             unsigned where signed kernels saturate. Every file runs exactly on every processor in sessions that `load` opens.
+        whole: the greatest size of weights, "1GB", "500MB", up to which a model is checked as a whole; larger ones block by block.
         threads: threads within an operator; 0 leaves it to ONNX Runtime.
     """
 
@@ -39,6 +42,7 @@ class OnnxQdq:
     accuracy_level: int = 4
     dtype: str = "float32"
     signed: bool | None = None
+    whole: str = "1GB"
     threads: int = 0
 
     name = "onnx"
@@ -48,6 +52,8 @@ class OnnxQdq:
         for option, values in allowed.items():
             if getattr(self, option) not in values:
                 raise OptionError(f"{option}={getattr(self, option)!r} is not one of {list(values)}", where="backend onnx")
+        if not re.fullmatch(r"\d+[KMG]B", str(self.whole)):
+            raise OptionError(f"whole={self.whole!r} is no size", where="backend onnx", remedy="write for example '1GB' or '500MB'")
 
     def supports(self, operator: str, encodings: Mapping[str, Encoding], shape: Sequence[int]) -> str | None:
         """Why a `Linear`, `Embedding` or `Cache` of this shape cannot be lowered with these encodings; None if it can."""
@@ -67,6 +73,11 @@ class OnnxQdq:
     def load(self, directory: str | Path) -> OnnxExecutable:
         """The executable that was saved in `directory`."""
         return OnnxExecutable.load(directory, threads=self.threads)
+
+    @property
+    def whole_bytes(self) -> int:
+        """`whole` in bytes."""
+        return int(self.whole[:-2]) * UNITS[self.whole[-2]]
 
     @property
     def signed_weights(self) -> bool:

@@ -1,13 +1,16 @@
 """From the exporter's raw model to the one that is saved: narrow types, folded constants, the names that users know."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import onnx_ir as onir
 from onnx_ir.passes import common
+from onnx_ir.tensor_adapters import TorchTensor
 from onnxscript import optimizer, rewriter
 
 from backends.onnx_qdq.forms import SHARED
-from backends.onnx_qdq.legalize import Lowered, key
+from backends.onnx_qdq.legal import Legal, Lowered, key
+from ir.deferred import Deferred
 from ir.signature import CACHE, Port, Signature
 
 IR_VERSION = 10
@@ -25,10 +28,16 @@ _AXES = (
 )
 
 
-def finish(model: onir.Model, signature: Signature, lowered: Sequence[Lowered]) -> None:
-    """Change the exporter's model in place into the one that is saved."""
+def finish(model: onir.Model, signature: Signature, legal: Legal) -> list[str]:
+    """Change the exporter's model in place into the one that is saved, whose large tensors are made when they are written.
+
+    Returns:
+        What the values are called that the graph returned besides the signature's outputs; the model returns them no more.
+    """
+    lowered = legal.sites
+    _await(model, legal.waiting)
     _retag(model, lowered)
-    optimize(model)
+    further = optimize(model, len(signature.outputs))
     _name_sites(model, lowered)
     _name_ports(model, signature)
     common.ClearMetadataAndDocStringPass()(model)
@@ -38,10 +47,19 @@ def finish(model: onir.Model, signature: Signature, lowered: Sequence[Lowered]) 
     if narrow:
         model.opset_imports[""] = max(OPSET_2_BIT, model.opset_imports[""])
     model.producer_name, model.producer_version = "fxpress", None
+    return [str(v.name) for v in further]
 
 
-def optimize(model: onir.Model) -> None:
-    """Fold and rewrite, leaving parameters as they are: a folded parameter would lose its name."""
+def optimize(model: onir.Model, outputs: int) -> list[onir.Value]:
+    """Fold and rewrite, leaving parameters as they are: a folded parameter would lose its name.
+
+    Args:
+        model: is changed in place.
+        outputs: how many it keeps.
+
+    Returns:
+        The values of the other outputs.
+    """
     graph = model.graph
     common.InlinePass()(model)
 
@@ -55,17 +73,37 @@ def optimize(model: onir.Model) -> None:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.DeduplicateInitializersPass(size_limit=SCALAR)(model)
     common.CommonSubexpressionEliminationPass()(model)
+    further = list(graph.outputs)[outputs:]
+    while len(graph.outputs) > outputs:
+        graph.outputs.pop()
     for unused in (common.RemoveUnusedNodesPass, common.RemoveUnusedFunctionsPass, common.RemoveUnusedOpsetsPass):
         unused()(model)
     common.OutputFixPass()(model)
     common.NameFixPass()(model)
     assert graph is model.graph
+    return further
 
 
 def _is_parameter(v: onir.Value) -> bool:
     """Whether a value comes from the graph's tensors and not from the exporter, whose names have no dot."""
     name = v.name or ""
     return v.is_initializer() and ("." in name or name.startswith("onnx_"))
+
+
+def _await(model: onir.Model, waiting: Mapping[str, Deferred]) -> None:
+    """Let the tensors that are yet to be made take their places."""
+    for name, tensor in waiting.items():
+        v = model.graph.initializers[name]
+        assert v.const_value is not None
+        v.const_value = onir.LazyTensor(partial(_made, tensor), v.const_value.dtype, onir.Shape(tensor.shape), name=name)
+
+
+def _made(tensor: Deferred) -> onir.TensorProtocol:
+    return TorchTensor(tensor.make().contiguous())
+
+
+def _packed(v: onir.TensorProtocol, dtype: onir.DataType, shape: onir.Shape) -> onir.TensorProtocol:
+    return onir.PackedTensor(v.numpy(), dtype, shape=shape, name=v.name)
 
 
 def _retag(model: onir.Model, lowered: Sequence[Lowered]) -> None:
@@ -77,13 +115,13 @@ def _retag(model: onir.Model, lowered: Sequence[Lowered]) -> None:
         rows, columns = site.shape
         blocks = model.graph.initializers[key(site.name, "scale")].shape
         assert blocks is not None
-        for part, shape in (("codes", [columns, rows]), ("zero_point", list(blocks))):
+        for part, shape in (("codes", onir.Shape([columns, rows])), ("zero_point", onir.Shape(list(blocks)))):
             v = model.graph.initializers.get(key(site.name, part))
             if v is None:
                 continue
             assert v.const_value is not None
-            v.const_value = onir.PackedTensor(v.const_value.numpy(), dtype, shape=onir.Shape(shape), name=v.name)
-            v.type, v.shape = onir.TensorType(dtype), onir.Shape(shape)
+            v.const_value = onir.LazyTensor(partial(_packed, v.const_value, dtype, shape), dtype, shape, name=v.name)
+            v.type, v.shape = onir.TensorType(dtype), shape
             for node in v.consumers():
                 node.outputs[0].shape = onir.Shape([columns, rows])
 

@@ -7,21 +7,27 @@ from torch import Tensor
 
 from backends.sites import Weight
 from ir import numerics
+from ir.deferred import Deferred
 
 SAFE_BITS = 7  # of weights whose products no kernel saturates
+ROWS = 256  # packed at once; eight rows fill whole bytes in any width
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A weight as a form stores it. Codes of fewer than 8 bits are flat bytes, packed from the least significant bits up."""
+    """A weight as a form stores it, made when it is written. Codes of fewer than 8 bits are bytes, packed from the least significant up."""
 
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
+    codes: Deferred
+    scale: Deferred
+    zero_point: Deferred | None
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """All codes in row-major order as bytes; the last byte is filled with zeros."""
+    """All codes `[R, C]` in row-major order as bytes; the last byte is filled with zeros."""
+    return torch.cat([_pack(rows, bits) for rows in torch.split(codes, ROWS)])
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
     per_byte = 8 // bits
     flat = codes.reshape(-1).view(torch.uint8) & (2**bits - 1)
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % per_byte)).view(-1, per_byte)
@@ -29,6 +35,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     for i in range(1, per_byte):
         packed |= flat[:, i] << (bits * i)
     return packed
+
+
+def packed_size(codes: int, bits: int) -> int:
+    """Bytes of so many packed codes."""
+    return -(-codes * bits // 8)
 
 
 def per_block(values: Tensor, weight: Weight, block: int) -> Tensor:
@@ -40,20 +51,25 @@ def per_block(values: Tensor, weight: Weight, block: int) -> Tensor:
 
 
 def blocked(weight: Weight, bits: int, block: int) -> Stored:
-    """Codes [K, N] with scales [K / block, N], for DequantizeLinear along axis 0."""
-    scale = per_block(weight.scale.float(), weight, block).T.contiguous()
-    offset = None if weight.zero_point is None else per_block(weight.zero_point, weight, block).T.contiguous()
-    codes = weight.codes.T.contiguous()
-    if bits == 8:
-        return Stored(*_unsigned(codes, scale, offset))
-    return Stored(pack(codes, bits), scale, None if offset is None else pack(offset, bits))
+    """Codes [K, N] with scales [K / block, N], for DequantizeLinear along axis 0.
 
-
-def _unsigned(codes: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Eight-bit codes as uint8: where ONNX Runtime replaces signed bytes for exactness it forgets that they are blocked."""
-    if offset is not None:
-        return codes, scale, offset
-    return codes.view(torch.uint8) ^ 128, scale, torch.full_like(scale, 128, dtype=torch.uint8)
+    Eight-bit codes are uint8: where ONNX Runtime replaces signed bytes for exactness it forgets that they are blocked.
+    """
+    rows, columns = weight.codes.shape
+    shape = (-(-columns // block), rows)
+    points = weight.zero_point
+    scale = Deferred(torch.float32, shape, lambda: per_block(weight.scale.float(), weight, block).T)
+    if bits < 8:
+        size, point_size = packed_size(rows * columns, bits), packed_size(shape[0] * rows, bits)
+        codes = Deferred(torch.uint8, (size,), lambda: pack(weight.codes.T, bits))
+        if points is None:
+            return Stored(codes, scale, None)
+        return Stored(codes, scale, Deferred(torch.uint8, (point_size,), lambda: pack(per_block(points, weight, block).T, bits)))
+    if points is None:
+        middle = Deferred(torch.uint8, shape, lambda: torch.full(shape, 128, dtype=torch.uint8))
+        return Stored(Deferred(torch.uint8, (columns, rows), lambda: weight.codes.T.contiguous().view(torch.uint8) ^ 128), scale, middle)
+    zero_point = Deferred(points.dtype, shape, lambda: per_block(points, weight, block).T)
+    return Stored(Deferred(weight.codes.dtype, (columns, rows), lambda: weight.codes.T), scale, zero_point)
 
 
 def integer(weight: Weight, signed: bool) -> Stored:
@@ -66,27 +82,42 @@ def integer(weight: Weight, signed: bool) -> Stored:
     middle = 2 ** (weight.encoding.bits - 1)
     shift = {(True, False): 128, (False, True): -middle}.get((weight.encoding.symmetric, signed), 0)
     dtype = torch.int8 if signed else torch.uint8
-    rows = weight.codes.shape[0]
-    codes = (weight.codes.T.to(torch.int16) + shift).to(dtype).contiguous()
+    rows, columns = weight.codes.shape
     zeros = torch.zeros_like(weight.scale, dtype=torch.int16) if weight.zero_point is None else weight.zero_point.to(torch.int16)
-    offset = (zeros + shift).to(dtype).expand(rows, 1).reshape(rows).contiguous()
-    return Stored(codes, weight.scale.float().expand(rows, 1).reshape(rows).contiguous(), offset)
+    return Stored(
+        Deferred(dtype, (columns, rows), lambda: _shifted(weight.codes.T, shift, dtype)),
+        Deferred.of(weight.scale.float().expand(rows, 1).reshape(rows).contiguous()),
+        Deferred.of(_shifted(zeros, shift, dtype).expand(rows, 1).reshape(rows).contiguous()),
+    )
+
+
+def _shifted(codes: Tensor, shift: int, dtype: torch.dtype) -> Tensor:
+    return (codes.to(torch.int16) + shift).to(dtype)
 
 
 def gathered(weight: Weight, bits: int, block: int) -> Stored:
     """Bytes [N, K · bits / 8] of unsigned codes with scales [N, K / block], for GatherBlockQuantized."""
-    rows = weight.codes.shape[0]
-    encoding = weight.encoding
+    rows, columns = weight.codes.shape
+    blocks, points = -(-columns // block), weight.zero_point
     middle = 2 ** (bits - 1)  # the zero point that the operator assumes if none is given
-    codes = (weight.codes.to(torch.int16) + middle).to(torch.uint8) if encoding.symmetric else weight.codes
-    offset = None
-    if weight.zero_point is not None:
-        zeros = per_block(weight.zero_point, weight, block)
-        zeros = torch.nn.functional.pad(zeros, (0, -zeros.shape[1] % (8 // bits)))
-        offset = pack(zeros.contiguous(), bits).view(rows, -1)
-    return Stored(pack(codes.contiguous(), bits).view(rows, -1), per_block(weight.scale.float(), weight, block), offset)
+
+    def codes() -> Tensor:
+        unsigned = _shifted(weight.codes, middle, torch.uint8) if weight.encoding.symmetric else weight.codes
+        return pack(unsigned, bits).view(rows, -1)
+
+    def zero_point() -> Tensor:
+        assert points is not None
+        zeros = per_block(points, weight, block)
+        return pack(torch.nn.functional.pad(zeros, (0, -zeros.shape[1] % (8 // bits))), bits).view(rows, -1)
+
+    return Stored(
+        Deferred(torch.uint8, (rows, packed_size(columns, bits)), codes),
+        Deferred(torch.float32, (rows, blocks), lambda: per_block(weight.scale.float(), weight, block)),
+        None if points is None else Deferred(torch.uint8, (rows, packed_size(blocks, bits)), zero_point),
+    )
 
 
-def dequantized(weight: Weight) -> Tensor:
+def dequantized(weight: Weight) -> Deferred:
     """The weight as float32."""
-    return numerics.dequantize(weight.codes, numerics.QParams(weight.scale, weight.zero_point), weight.encoding)
+    qparams = numerics.QParams(weight.scale, weight.zero_point)
+    return Deferred(torch.float32, tuple(weight.codes.shape), lambda: numerics.dequantize(weight.codes, qparams, weight.encoding))

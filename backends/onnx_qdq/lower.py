@@ -2,30 +2,24 @@
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as onir
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from backends.gate import activations, difference, tolerance, uncoded
+from backends.onnx_qdq.cuts import opened, parts, seams
 from backends.onnx_qdq.finish import finish
-from backends.onnx_qdq.forms import SHARED
-from backends.onnx_qdq.legalize import Lowered, Options, legalize
-from backends.onnx_qdq.package import GENAI, MODEL, PROPERTY, OnnxExecutable, properties_of, write
-from backends.onnx_qdq.session import (
-    EXACT_LEVEL,
-    end_profile,
-    open_session,
-    require_fused,
-    run_flat,
-    session_entries,
-)
+from backends.onnx_qdq.legal import Lowered
+from backends.onnx_qdq.legalize import Options, legalize
+from backends.onnx_qdq.package import GENAI, PROPERTY, OnnxExecutable, properties_of, weight_bytes, write
+from backends.onnx_qdq.proof import Proof, Settings, by_blocks, rewrite, whole
+from backends.onnx_qdq.session import EXACT_LEVEL, require_fused, session_entries
 from backends.onnx_qdq.translate import to_onnx
-from ir.errors import BackendError
+from ir.edit import STORE
 from ir.signature import Signature
 
 if TYPE_CHECKING:
@@ -35,76 +29,54 @@ if TYPE_CHECKING:
 def lower(backend: "OnnxQdq", gm: GraphModule, probe: Sequence[Tensor], notes: list[str]) -> OnnxExecutable:
     """See `OnnxQdq.lower`."""
     signature: Signature = gm.meta["signature"]
-    dtype = getattr(torch, backend.dtype)
-    folder = tempfile.TemporaryDirectory(prefix="fxpress-onnx-")
-    model, sites = export(gm, Options(dtype, backend.signed_weights), backend.opset, notes, probe)
-    path = write(model, Path(folder.name))
-    del model  # before sessions open the file: its packed weights are a copy
+    store = gm.meta.get(STORE)
+    folder = tempfile.TemporaryDirectory(prefix="fxpress-onnx-", dir=None if store is None else store.folder)
+    found = parts(gm)
+    cuts = seams(found)
+    model, sites, names = export(gm, Options(getattr(torch, backend.dtype), backend.signed_weights), backend.opset, notes, probe, cuts)
+    path = write(model, Path(folder.name), store)
+    del model  # before sessions open the file
     saturating = backend.signed_weights and any(site.saturates for site in sites)
     entries = session_entries(backend.accuracy_level, saturating)
     properties = properties_of(signature, entries, gm.meta.get("config"))
     if signature.coded:
         notes.append(f"there is no {GENAI}: onnxruntime-genai knows caches of floats only")
-    with torch.no_grad():
-        oracle = list(gm(*probe))
-    exact = _prove(path, session_entries(EXACT_LEVEL, saturating), backend, gm, probe, oracle)
-    if any(site.form is SHARED for site in sites):
-        _set_level(path, backend.accuracy_level)
-    report, session = _measure(path, entries, backend, sites, signature, probe, oracle, notes)
-    properties["report"] = {**report, "probe_difference_exact": exact}
+    settings = Settings(session_entries(EXACT_LEVEL, saturating), entries, backend.accuracy_level, backend.threads)
+    if weight_bytes(path) > backend.whole_bytes and len(found) > 1:
+        proof = by_blocks(path, settings, gm, probe, found, dict(zip(cuts, names, strict=True)))
+        notes.append(f"onnx: compared with the graph in {len(found)} blocks, each by itself: the weights take more than {backend.whole}")
+    else:
+        proof = whole(path, settings, gm, probe)
+    require_fused({site.name: (site.form.fused, site.path) for site in sites}, proof.executed)
+    _note_speed(backend, sites, notes)
+    properties["report"] = _report(backend, sites, proof, notes)
     _annotate(path, properties)
-    return OnnxExecutable(path, session, properties, folder)
+    return OnnxExecutable(path, properties, proof.session, folder, backend.threads)
 
 
-def export(gm: GraphModule, options: Options, opset: int, notes: list[str], probe: Sequence[Tensor]) -> tuple[onir.Model, list[Lowered]]:
-    """The finished ONNX model of a graph in memory, its parameters shared with `gm` where they need no conversion."""
-    legal, sites = legalize(gm, options, notes)
+def export(
+    gm: GraphModule, options: Options, opset: int, notes: list[str], probe: Sequence[Tensor], cuts: Sequence[Node] = ()
+) -> tuple[onir.Model, list[Lowered], list[str]]:
+    """The finished ONNX model of a graph, whose weights are made when it is written, its sites, and what it calls the values of `cuts`."""
+    legal = legalize(opened(gm, cuts), options, notes)
     example, signature = gm.meta.get("example") or probe, gm.meta["signature"]
     cast = [x.is_floating_point() and not port.keeps_scales for x, port in zip(example, signature.inputs, strict=True)]
-    model = to_onnx(legal, [x.to(options.dtype) if floats else x for x, floats in zip(example, cast, strict=True)], opset)
-    finish(model, signature, sites)
-    return model, sites
+    model = to_onnx(legal.graph, [x.to(options.dtype) if floats else x for x, floats in zip(example, cast, strict=True)], opset)
+    names = finish(model, signature, legal)
+    return model, legal.sites, names
 
 
-def _prove(
-    path: Path, entries: Mapping[str, str], backend: "OnnxQdq", gm: GraphModule, probe: Sequence[Tensor], oracle: Sequence[Tensor]
-) -> float:
-    """Compare with the oracle in a session without further rounding."""
-    session = open_session(path, entries, threads=backend.threads)
-    signature: Signature = gm.meta["signature"]
-    found = difference(uncoded(signature, run_flat(session, probe)), uncoded(signature, oracle))
-    allowed = tolerance(activations(gm), uncoded(signature, oracle))
-    if not found <= allowed:
-        raise BackendError(
-            f"ONNX Runtime's outputs differ from the graph's by {found:.1e} relative on the probe, more than {allowed:.0e}",
-            remedy="report the model and the ONNX Runtime version; the reference backend runs the graph itself",
-        )
-    return found
-
-
-def _measure(
-    path: Path,
-    entries: Mapping[str, str],
-    backend: "OnnxQdq",
-    sites: Sequence[Lowered],
-    signature: Signature,
-    probe: Sequence[Tensor],
-    oracle: Sequence[Tensor],
-    notes: list[str],
-) -> tuple[dict[str, Any], Any]:
-    """Open the session that users get, check what it runs, and describe it."""
-    profiled = open_session(path, entries, threads=backend.threads, profile=path.with_name("profile"))
-    outputs = run_flat(profiled, probe)
-    executed = end_profile(profiled)
-    require_fused({site.name: (site.form.fused, site.path) for site in sites}, executed)
-    _note_speed(backend, sites, notes)
-    return {
-        "operators": executed.counts,
+def _report(backend: "OnnxQdq", sites: Sequence[Lowered], proof: Proof, notes: Sequence[str]) -> dict[str, Any]:
+    """What the gate found."""
+    stated = {
+        "operators": proof.executed.counts,
         "sites": [_site(site) for site in sites],
-        "probe_difference": difference(uncoded(signature, outputs), uncoded(signature, oracle)),
+        "probe_difference": proof.used,
         "accuracy_level": backend.accuracy_level,
         "notes": list(notes),
-    }, profiled
+        "probe_difference_exact": proof.exact,
+    }
+    return stated | ({"blocks": proof.blocks} if proof.blocks else {})
 
 
 def _note_speed(backend: "OnnxQdq", sites: Sequence[Lowered], notes: list[str]) -> None:
@@ -127,24 +99,8 @@ def _site(site: Lowered) -> dict[str, Any]:
     }
 
 
-def _set_level(path: Path, level: int) -> None:
-    """State the accuracy level of products that we write fused, for which sessions have no setting; until now they were exact."""
-    model = onir.load(path)
-    for node in model.graph:
-        if node.op_type == SHARED.fused:
-            node.attributes["accuracy_level"] = onir.AttrInt64("accuracy_level", level)
-    _rewrite(model, path)
-
-
 def _annotate(path: Path, properties: dict[str, Any]) -> None:
     """Write what is known about a model into its metadata."""
     model = onir.load(path)
     model.metadata_props[PROPERTY] = json.dumps(properties)
-    _rewrite(model, path)
-
-
-def _rewrite(model: onir.Model, path: Path) -> None:
-    """Save a model that was loaded from `path` there; the weights' file is left as it is."""
-    scratch = path.with_name(f".{MODEL}")
-    onir.save(model, scratch)
-    scratch.replace(path)
+    rewrite(model, path)

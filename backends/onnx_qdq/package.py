@@ -15,23 +15,43 @@ from google.protobuf.message import DecodeError, Message  # type: ignore[import-
 from torch import Tensor
 
 from backends.onnx_qdq.genai import genai_config
+from backends.onnx_qdq.legal import INLINE
 from backends.onnx_qdq.session import known_entries, open_session, run_flat
+from ir.deferred import READ
 from ir.errors import DataError
 from ir.files import inside
 from ir.signature import Signature
 from ir.stated import signature_of
+from ir.store import Store
 
 MODEL, WEIGHTS, GENAI = "model.onnx", "model.onnx.data", "genai_config.json"
 PROPERTY = "fxpress"  # the model's metadata entry that holds signature, session settings and report
 
 
-def write(model: onir.Model, directory: Path) -> Path:
-    """Write a model and its weights, which are always external; both appear under their names only when they are complete."""
+def write(model: onir.Model, directory: Path, store: Store | None = None) -> Path:
+    """Write a model and its weights, which are always external; both appear under their names only when they are complete.
+
+    Args:
+        model: its weights are made one by one.
+        directory: of the files.
+        store: that holds the tensors that they are made of.
+    """
+
+    def count(tensor: onir.TensorProtocol, *_: Any) -> None:
+        if store is not None:
+            store.count(READ * tensor.nbytes)
+
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as scratch:
-        onir.save(model, Path(scratch) / MODEL, external_data=WEIGHTS, size_threshold_bytes=1024)
+        onir.save(model, Path(scratch) / MODEL, external_data=WEIGHTS, size_threshold_bytes=INLINE, callback=count)
         _move(Path(scratch), directory)
     return directory / MODEL
+
+
+def weight_bytes(path: Path) -> int:
+    """The size of the file of a model's weights."""
+    weights = path.with_name(WEIGHTS)
+    return weights.stat().st_size if weights.exists() else 0
 
 
 def _move(source: Path, directory: Path) -> None:
@@ -46,30 +66,34 @@ class OnnxExecutable:
 
     Args:
         path: the model file.
-        session: a session over it.
         properties: what was written into the model's metadata: signature, session settings, report and the genai configuration.
+        session: a session over the file; None to open one when it is needed.
         folder: a temporary folder that holds the file and goes with this object.
+        threads: of sessions, within an operator; 0 leaves it to ONNX Runtime.
     """
 
     def __init__(
         self,
         path: Path,
-        session: onnxruntime.InferenceSession,
         properties: Mapping[str, Any],
+        session: onnxruntime.InferenceSession | None = None,
         folder: "tempfile.TemporaryDirectory[str] | None" = None,
+        threads: int = 0,
     ) -> None:
-        self._path, self._session, self._properties, self._folder = path, session, properties, folder
+        self._path, self._session, self._properties, self._folder, self._threads = path, session, properties, folder, threads
         self.signature = signature_of(properties["signature"])
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Flat outputs in the order and the dtypes of the signature."""
         with torch.no_grad():
-            outputs = run_flat(self._session, inputs)
+            outputs = run_flat(self.session, inputs)
         return tuple(y.to(port.torch_dtype) for y, port in zip(outputs, self.signature.outputs, strict=True))
 
     @property
     def session(self) -> onnxruntime.InferenceSession:
-        """The session that runs the model."""
+        """The session that runs the model; it takes memory for all weights from then on."""
+        if self._session is None:
+            self._session = open_session(self._path, known_entries(self._properties["session"]), threads=self._threads)
         return self._session
 
     def model(self) -> onir.Model:
@@ -105,7 +129,7 @@ class OnnxExecutable:
         """
         path = inside(Path(directory), MODEL)
         properties = _properties(path)
-        executable = cls(path, open_session(path, known_entries(properties["session"]), threads=threads), properties)
+        executable = cls(path, properties, threads=threads)
         session, signature = executable.session, executable.signature
         sides = ((session.get_inputs(), signature.inputs), (session.get_outputs(), signature.outputs))
         if any([port.name for port in has] != [port.name for port in states] for has, states in sides):

@@ -29,7 +29,10 @@ class Feedback:
     @classmethod
     def of(cls, gram: Tensor, damping: float, act_order: bool) -> "Feedback":
         """From a Gram matrix, with damping as of `factored`."""
-        order = gram.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(gram), device=gram.device)
+        if not act_order:  # nothing to sort: matrices are not copied
+            H, U = (matrix.float() for matrix in factored(gram, damping))
+            return cls(H, U, torch.arange(len(gram), device=gram.device), act_order)
+        order = gram.diagonal().argsort(descending=True, stable=True)
         H, U = (matrix.float() for matrix in factored(gram[order][:, order], damping))
         back = order.argsort()
         return cls(H[back][:, back], U, order, act_order)

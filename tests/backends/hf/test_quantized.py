@@ -26,6 +26,14 @@ def rounded(weight, given=None):
     return Rounded(scheme, quantize(W, qparams, encoding), qparams.scale, qparams.zero_point)
 
 
+def made(linear):
+    """What is stored of a linear, each tensor as it was announced."""
+    tensors = {name: tensor.make() for name, tensor in linear.tensors()}
+    announced = {name: (tensor.dtype, tensor.shape) for name, tensor in linear.tensors()}
+    assert announced == {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return tensors
+
+
 def values(linear):
     return DEQUANTIZE(linear.codes, linear.scale, linear.zero_point, str(linear.scheme.weights.encoding), torch.float32)
 
@@ -34,7 +42,7 @@ def values(linear):
 @pytest.mark.parametrize("weight", ["i2[1,-1]", "u2[1,32]", "i4[1,32]", "u4[1,-1]", "u8[1,16]", "i8[1,-1]"])
 def test_compressed_tensors_decodes_what_is_stored_and_so_do_we(weight, given):
     linear = rounded(weight, given)
-    stored = dict(linear.tensors())
+    stored = made(linear)
     scheme = QuantizationScheme.model_validate({**linear.scheme.model_dump(), "targets": ["Linear"]})
     decoded = BaseCompressor.get_value_from_registry(linear.scheme.format).decompress(stored, scheme)["weight"]
     assert torch.equal(decoded, values(linear))
@@ -45,7 +53,7 @@ def test_compressed_tensors_decodes_what_is_stored_and_so_do_we(weight, given):
 
 def test_floats_are_stored_as_they_are():
     linear = rounded("f8e4m3[1,-1]")
-    stored = dict(linear.tensors())
+    stored = made(linear)
     assert stored["weight"].dtype == torch.float8_e4m3fn
     assert torch.equal(values(Rounded.read(linear.scheme, stored)), values(linear))
 
@@ -54,7 +62,7 @@ def test_floats_are_stored_as_they_are():
 def test_tensors_that_do_not_fit_are_refused(lost, said):
     linear = rounded("u4[1,32]")
     with pytest.raises(DataError, match=said):
-        Rounded.read(linear.scheme, {name: tensor for name, tensor in linear.tensors() if name != lost})
+        Rounded.read(linear.scheme, {name: tensor for name, tensor in made(linear).items() if name != lost})
 
 
 @pytest.mark.parametrize(("bits", "room"), [(1, 2), (3, 4), (6, 8)])
@@ -72,7 +80,7 @@ def test_widths_without_a_container_of_their_own_keep_their_values(bits, room):
 
 def test_static_inputs_come_along():
     linear = rounded_linears(compiled("llama", "w8a8(dynamic=False)").graph, torch.float32)["model.layers.1.mlp.down_proj"]
-    stored = dict(linear.tensors())
+    stored = made(linear)
     assert (stored["input_scale"].shape, stored["input_zero_point"].dtype) == ((1,), torch.int8)
     again = Rounded.read(linear.scheme, stored)
     x = torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(1))

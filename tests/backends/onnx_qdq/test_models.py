@@ -125,7 +125,7 @@ def test_a_tied_head_reads_the_table_of_its_embedding(families, tmp_path):
 def test_a_tied_head_for_another_kernel_is_stored_once_more_and_noted(families):
     graph = passes.compile(families("llama_tied").graph(), TIED.format("W4A8").replace("group=32", "group=-1")).graph
     notes = []
-    _, sites = legalize(graph, Options(torch.float32, True), notes)
+    sites = legalize(graph, Options(torch.float32, True), notes).sites
     assert sites[-1].form is INTEGER
     # 128 rows of 64 bytes, a scale and a zero point each
     assert "model.embed_tokens.weight#2: tied to an embedding, and stored once more in 8832 bytes for another kernel" in notes

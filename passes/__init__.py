@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from passes import presets
     from passes.base import Context, Effect, Pass
     from passes.compiled import Compiled, load
-    from passes.driver import compile
+    from passes.driver import compile, estimate
     from passes.exporters import Quantizer
     from passes.pipeline import Pipeline
     from passes.recipe import Recipe
@@ -29,6 +29,7 @@ _WHERE = {
     "Recipe": "passes.recipe",
     "compile": "passes.driver",
     "emit": "ir.edit",
+    "estimate": "passes.driver",
     "find": "ir.match",
     "load": "passes.compiled",
     "replace": "ir.edit",
@@ -46,6 +47,7 @@ __all__ = [
     "Recipe",
     "compile",
     "emit",
+    "estimate",
     "find",
     "load",
     "presets",

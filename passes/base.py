@@ -58,6 +58,7 @@ class Context:
         backend: the target; what it does not support is refused as soon as it is annotated.
         original: the graph as it was before the first pass, over the caller's tensors; None where a pass is run by itself.
         allow_partial: leave unsupported layers as they are, instead of refusing.
+        part: the graph is a part of a model, on trial: patterns may match none of its layers, and budgets are the nearest that it has.
     """
 
     calibration: Sequence[list[Tensor]] = ()
@@ -71,6 +72,7 @@ class Context:
     backend: "Backend | None" = None
     original: GraphModule | None = None
     allow_partial: bool = False
+    part: bool = False
 
     def skip(self, path: str, reason: str, size: int, asked: bool = False) -> None:
         """Record that the weight bytes at `path` are left as they are, and why."""
@@ -132,7 +134,10 @@ class Pass:
 
 @dataclass(frozen=True)
 class Record:
-    """What one pass did: sites changed, seconds taken, and the relative error of the outputs it caused (None where nothing may change)."""
+    """What one pass did: sites changed, seconds taken, and the relative error of the outputs it caused (None where nothing may change).
+
+    `peak_bytes` is what the process had in memory at most meanwhile, `own_bytes` what of it was not pages of files; 0 if not known.
+    """
 
     text: str
     effect: Effect
@@ -140,3 +145,5 @@ class Record:
     seconds: float
     difference: float | None
     skipped: tuple[Skip, ...] = ()
+    peak_bytes: int = 0
+    own_bytes: int = 0

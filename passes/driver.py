@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ from passes.base import Context, Pass
 from passes.calibration import flat_batches
 from passes.calls import call_text
 from passes.compiled import Compiled
+from passes.estimates import TABLE, Estimate
 from passes.layerwise import View, layer_rows, part_rows, read_rows
 from passes.pipeline import Pipeline
+from passes.preflight import plan, wanted
 from passes.probe import model_outputs, relative_error
 from passes.progress import Progress
 from passes.recipe import Recipe, calibration_fingerprint, versions, weights_fingerprint
 from passes.report import Report, coverage, left_out
+from passes.resources import watched
 
 PROBE_ROWS, PROBE_LENGTH = 2, 64
 
@@ -43,6 +47,8 @@ def compile(
     tokenizer: Any = None,
     allow_partial: bool = False,
     progress: Progress | None = None,
+    preflight: bool | None = None,
+    out: str | Path | None = None,
 ) -> Compiled:
     """Compress a model.
 
@@ -57,36 +63,33 @@ def compile(
         tokenizer: a tokenizer, or a folder with its files, to save beside the result; by default the model's own folder.
         allow_partial: leave layers that the backend does not support as they are, instead of refusing.
         progress: how to show it.
+        preflight: run one block through all of it first, estimate what the rest takes, and refuse what there is no room for; None: if
+            there is a gigabyte of weights.
+        out: the folder that will be saved to, for the pre-flight to look at its disk.
 
     Raises:
         FxpressError: one of its kinds; bad input is refused before any long work.
     """
     started = time.perf_counter()
-    recipe = pipeline if isinstance(pipeline, Recipe) else None
-    backend = backend or (recipe.backend if recipe else "reference")
-    target: Backend = registry.backend(backend) if isinstance(backend, str) else backend
-    steps = Pipeline.of(recipe.pipeline if recipe else pipeline)  # type: ignore[arg-type]
-    if recipe:
-        recipe.check_files(steps)
-    if not steps.passes:
-        raise OptionError("the pipeline is empty", remedy="name a preset, w4a16, or passes")
-    gm = capture(model, args, kwargs)
-    verify(gm, stage="capture")
-    check_weights(gm)
-    batches = flat_batches(gm, calibration)
-    marks = (weights_fingerprint(gm), calibration_fingerprint(batches))
-    if recipe:
-        recipe.check(*marks)
-        seed = recipe.seed
-    example: list[Tensor] = gm.meta["example"]
-    ctx = Context(batches, _probe(gm, batches) or example, seed, progress or Progress(), backend=target, allow_partial=allow_partial)
+    start = _start(model, pipeline, calibration, backend, args, kwargs, seed)
+    gm, steps, target, ctx = start.gm, start.steps, start.target, start.ctx
+    ctx.progress, ctx.allow_partial = progress or Progress(), allow_partial
+    found = plan(gm, steps, ctx, target, Path(out) if out else None) if wanted(gm, preflight) else None
+    if found:
+        ctx.progress.show(found.page())
     ctx.original = edit.copied(gm)
     original = _original(gm, ctx)
     before = View.of(gm, ctx)
+    running = time.perf_counter()
     trace = steps.execute(gm, ctx)
+    checks = time.perf_counter() - running - sum(record.seconds for record in trace)
     ctx.progress.say(f"lowering to {target.name}")
     remarks: list[str] = []
-    executable = target.lower(gm, gm.meta["example"], remarks)
+    lowering = time.perf_counter()
+    with watched() as peak:
+        executable = target.lower(gm, gm.meta["example"], remarks)
+    if found:
+        ctx.tables[TABLE] = found.compared(trace, checks, time.perf_counter() - lowering, peak)
     after = View.of(gm, ctx)
     report = Report(
         model=type(model).__name__,
@@ -107,9 +110,78 @@ def compile(
         lowering=len(remarks),
     )
     made = Recipe(
-        pipeline=str(steps), backend=call_text(target.name, target), seed=seed, versions=versions(), weights=marks[0], calibration=marks[1]
+        pipeline=str(steps),
+        backend=call_text(target.name, target),
+        seed=ctx.seed,
+        versions=versions(),
+        weights=start.marks[0],
+        calibration=start.marks[1],
     )
     return Compiled(executable, gm.meta["signature"], target.name, gm, report, made, tokenizer or _own_folder(gm))
+
+
+def estimate(
+    model: nn.Module,
+    pipeline: str | Pass | Iterable[Pass] | Recipe = "w4a16",
+    calibration: Iterable[Any] | None = None,
+    backend: str | Backend | None = None,
+    *,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    allow_partial: bool = False,
+    progress: Progress | None = None,
+    out: str | Path | None = None,
+) -> Estimate | None:
+    """What `compile` would take with these arguments, by a real run of one block through all of it; None for models of too few layers.
+
+    Raises:
+        FxpressError: what `compile` would refuse, and what there is no room for.
+    """
+    start = _start(model, pipeline, calibration, backend, args, kwargs, seed)
+    start.ctx.progress, start.ctx.allow_partial = progress or Progress(), allow_partial
+    return plan(start.gm, start.steps, start.ctx, start.target, Path(out) if out else None)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Everything that was given, checked: what comes next is long work."""
+
+    gm: GraphModule
+    steps: Pipeline
+    target: Backend
+    ctx: Context
+    marks: tuple[str, str]  # fingerprints of weights and calibration data
+
+
+def _start(
+    model: nn.Module,
+    pipeline: str | Pass | Iterable[Pass] | Recipe,
+    calibration: Iterable[Any] | None,
+    backend: str | Backend | None,
+    args: Sequence[Any] | None,
+    kwargs: Mapping[str, Any] | None,
+    seed: int,
+) -> _Start:
+    """Capture a model and check it, the data and the recipe."""
+    recipe = pipeline if isinstance(pipeline, Recipe) else None
+    backend = backend or (recipe.backend if recipe else "reference")
+    target: Backend = registry.backend(backend) if isinstance(backend, str) else backend
+    steps = Pipeline.of(recipe.pipeline if recipe else pipeline)  # type: ignore[arg-type]
+    if recipe:
+        recipe.check_files(steps)
+    if not steps.passes:
+        raise OptionError("the pipeline is empty", remedy="name a preset, w4a16, or passes")
+    gm = capture(model, args, kwargs)
+    verify(gm, stage="capture")
+    check_weights(gm)
+    batches = flat_batches(gm, calibration)
+    marks = (weights_fingerprint(gm), calibration_fingerprint(batches))
+    if recipe:
+        recipe.check(*marks)
+        seed = recipe.seed
+    example: list[Tensor] = gm.meta["example"]
+    return _Start(gm, steps, target, Context(batches, _probe(gm, batches) or example, seed, backend=target), marks)
 
 
 def _probe(gm: GraphModule, batches: Sequence[Sequence[Tensor]]) -> list[Tensor] | None:

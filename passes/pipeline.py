@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from passes import registry
 from passes.base import Context, Effect, Pass, Record
 from passes.calls import parse_calls
 from passes.probe import model_outputs, relative_error
+from passes.resources import watched
 from passes.support import refuse_unsupported
 
 # Greatest relative error of the outputs that rounding may cause in a pass that keeps the function, by the narrowest dtype computed in:
@@ -85,10 +86,11 @@ class Pipeline(Pass):
         for index, step in enumerate(self.passes):
             ctx.progress.say(f"[{index + 1}/{len(self.passes)}] {step}")
             try:
-                record, before = _run_one(step, gm, ctx, before)
+                with watched() as peak:
+                    record, before = _run_one(step, gm, ctx, before)
             except Exception as error:
                 raise _failure(step, records, error) from error
-            records.append(record)
+            records.append(replace(record, peak_bytes=peak.resident, own_bytes=peak.own))
         return records
 
 

@@ -23,6 +23,7 @@ from passes.calibration import flat_batches
 from passes.calls import call_text
 from passes.compiled import Compiled
 from passes.estimates import TABLE, Estimate
+from passes.folders import temporary_files
 from passes.layerwise import View, layer_rows, part_rows, read_rows
 from passes.pipeline import Pipeline
 from passes.preflight import plan, wanted
@@ -86,7 +87,7 @@ def compile(
     ctx.progress.say(f"lowering to {target.name}")
     remarks: list[str] = []
     lowering = time.perf_counter()
-    with watched() as peak:
+    with watched() as peak, temporary_files():
         executable = target.lower(gm, gm.meta["example"], remarks)
     if found:
         ctx.tables[TABLE] = found.compared(trace, checks, time.perf_counter() - lowering, peak)

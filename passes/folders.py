@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -48,7 +49,7 @@ def claimed(directory: Path) -> Iterator[None]:
     if sys.platform == "win32":
         yield
         return
-    with _refused_in_words(directory):
+    with refused_in_words(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
         lock = directory.with_name(f".{directory.name}.lock")
         file = _locked(lock, directory)
@@ -121,7 +122,7 @@ def appearing_folder(directory: Path, overwrite: bool) -> Iterator[Path]:
     with claimed(directory):
         check_free(directory, overwrite)  # another process may just have written it
         try:
-            with _refused_in_words(directory):
+            with refused_in_words(directory):
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
                 yield partial
@@ -146,10 +147,25 @@ def _take_place(partial: Path, directory: Path) -> None:
 
 
 @contextmanager
-def _refused_in_words(directory: Path) -> Iterator[None]:
-    """What the system refuses to write is an error of ours."""
+def refused_in_words(directory: Path, remedy: str = "free space, or choose another folder") -> Iterator[None]:
+    """What the system refuses to write is an error of ours.
+
+    Raises:
+        DataError: the reason, and where.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot write: {reason}", where=str(directory), remedy="free space, or choose another folder") from error
+        raise DataError(f"cannot write: {reason}", where=str(directory), remedy=remedy) from error
+
+
+@contextmanager
+def temporary_files() -> Iterator[None]:
+    """What is done meanwhile, such as lowering, may write temporary files.
+
+    Raises:
+        DataError: it could not.
+    """
+    with refused_in_words(Path(tempfile.gettempdir()), "free space there, or set TMPDIR to a folder on another disk"):
+        yield

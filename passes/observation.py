@@ -1,6 +1,6 @@
 """Streaming runs over the calibration data: what passes learn of a graph's values."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +12,16 @@ from ir import evaluate
 from ir.sites import readers
 from ir.statistics import Statistics
 from passes.base import Context
-from passes.calibration import take_rows, tokens_in
+from passes.calibration import naming, take_rows, tokens_in
+from passes.portions import Portions
 
 TOKENS = 16384  # that tell mean squares well enough
 
 
 def watch(gm: GraphModule, ctx: Context, sources: Collection[Node], take: Callable[[Node, Tensor], None], doing: str) -> None:
     """Give `take` the values of `sources` on every batch, as soon as each is known; no more of the graph is run than they need.
+
+    Where memory runs out, `take` gets the samples of a batch in portions; what it refuses since it is not finite is told with its sample.
 
     Args:
         sources: calls and inputs of the graph.
@@ -27,15 +30,18 @@ def watch(gm: GraphModule, ctx: Context, sources: Collection[Node], take: Callab
     wanted = set(sources)
     calls = evaluate.calls_for(gm, wanted)
 
-    def tap(node: Node, value: Any) -> None:
-        if node in wanted:
-            take(node, value)
+    portions = Portions(gm, ctx)
+    for index, batch in enumerate(ctx.track(ctx.calibration if wanted else (), doing)):
 
-    for batch in ctx.track(ctx.calibration if wanted else (), doing):
+        def tap(node: Node, value: Any, index: int = index, batch: Sequence[Tensor] = batch) -> None:
+            if node in wanted:
+                with naming(value, batch, index, whole=not portions.rows):
+                    take(node, value)
+
         given = evaluate.bind(gm, batch)
         for node, value in given.items():
             tap(node, value)
-        evaluate.evaluate(gm, calls, given, [], tap)
+        portions.run(calls, given, [], tap)
 
 
 def tokens_of(value: Tensor, ctx: Context, count: int) -> Tensor:

@@ -16,6 +16,7 @@ from ir.verify import verify
 from passes import registry
 from passes.base import Context, Effect, Pass, Record
 from passes.calls import parse_calls
+from passes.portions import REMEDY, out_of_memory
 from passes.probe import model_outputs, relative_error
 from passes.resources import watched
 from passes.support import refuse_unsupported
@@ -97,6 +98,8 @@ class Pipeline(Pass):
 def _failure(step: Pass, records: list[Record], error: Exception) -> FxpressError:
     ran = f"after {', '.join(record.text for record in records) or 'nothing'}"
     if not isinstance(error, FxpressError):
+        if out_of_memory(error):
+            return DataError(f"pass {step} failed: memory runs out: {str(error).splitlines()[0]}", where=ran, remedy=REMEDY)
         return PassError(f"pass {step} failed: {type(error).__name__}: {error}", where=ran)
     kind = type(error) if isinstance(error, CALLERS) else PassError
     return kind(f"pass {step} failed: {error.what}", where="\n".join(filter(None, [error.where, ran])), remedy=error.remedy)

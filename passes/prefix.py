@@ -15,7 +15,8 @@ from ir.encoding import Encoding
 from ir.errors import DataError
 from ir.sites import Layer, before_rounding
 from passes.base import Context
-from passes.calibration import tokens_in
+from passes.calibration import naming, tokens_in
+from passes.portions import Portions
 
 Values = dict[Node, Any]
 Weights = Mapping[Node, Sequence[Tensor]]
@@ -49,6 +50,7 @@ class _Stream:
 
     gm: GraphModule
     outside: list[Node]
+    portions: Portions
     entering: list[Values] = field(default_factory=list)
 
     def values(self, block: Block, index: int, batch: Sequence[Tensor], keep: Sequence[Node]) -> Values:
@@ -58,7 +60,7 @@ class _Stream:
         known = [node for node in (*self.outside, *block.nodes) if node in needed]
         # Since the graph was cut, weights have been rounded: what makes floats of their codes runs first.
         weights = [node for node in needed.difference(known) if node.op == "call_function"]
-        return evaluate.evaluate(self.gm, [*weights, *known], given, keep)
+        return self.portions.run([*weights, *known], given, keep)
 
 
 class Prefix:
@@ -80,12 +82,12 @@ class Prefix:
     ) -> None:
         self.gm, self.ctx, self.pending, self.weights = gm, ctx, pending, weights
         outside, self.cut = blocks(gm)
-        self.now = _Stream(gm, outside, [{} for _ in ctx.calibration])
+        self.now = _Stream(gm, outside, Portions(gm, ctx), [{} for _ in ctx.calibration])
         self.was: _Stream | None = None
         self.done: set[Node] = set()
         if exact:
             copy, self.twin = exact_copy(gm)
-            self.was = _Stream(copy, [self.twin[node] for node in outside], [{} for _ in ctx.calibration])
+            self.was = _Stream(copy, [self.twin[node] for node in outside], Portions(copy, ctx), [{} for _ in ctx.calibration])
             self.done.update(self.was.outside)
 
     def inputs(self, doing: str) -> Iterator[Inputs]:
@@ -107,6 +109,7 @@ class Prefix:
         for index, batch in enumerate(self.ctx.calibration):
             x = self.now.values(block, index, batch, [source])[source].flatten(0, -2).float()
             gram.addmm_(x.T, x)
+            _check_finite(gram, source, x, batch, index)
             total += x.sum(0)
             count += len(x)
             for node, weights in wanted.items():
@@ -117,7 +120,7 @@ class Prefix:
                 cross.addmm_(self.was.values(self._twin(block), index, batch, [exact])[exact].flatten(0, -2).float().T, x)
         n = max(count, 1)
         of_groups = {node: found / n for node, found in grams.items()}
-        return Inputs(layers, _finite(gram, source) / n, None if cross is None else cross / n, of_groups, total / n)
+        return Inputs(layers, gram / n, None if cross is None else cross / n, of_groups, total / n)
 
     def _advance(self, block: Block) -> None:
         """Let both streams enter the next block."""
@@ -154,7 +157,7 @@ def still_inputs(
         roundings: encodings of inputs whose errors are wanted, by tensor; static ones are rounded over each batch's own range.
     """
     outside, cut = blocks(gm)
-    stream = _Stream(gm, outside, [{} for _ in ctx.calibration])
+    stream = _Stream(gm, outside, Portions(gm, ctx), [{} for _ in ctx.calibration])
     for block in ctx.track(cut, doing):
         readers: dict[Node, list[Layer]] = {}
         for node in block.nodes:
@@ -170,6 +173,7 @@ def still_inputs(
             for source, gram in grams.items():
                 x = values[source].flatten(0, -2).float()
                 gram.addmm_(x.T, x)
+                _check_finite(gram, source, x, batch, index)
                 totals[source] += x.sum(0)
                 for encoding, errors in noise[source].items():
                     e = x - numerics.fake_quantize(values[source], encoding).flatten(0, -2).float()
@@ -179,13 +183,14 @@ def still_inputs(
         n = max(count, 1)
         for source, layers in readers.items():
             errors_of = {encoding: errors / n for encoding, errors in noise[source].items()}
-            yield Inputs(layers, _finite(grams[source], source) / n, None, {}, totals[source] / n, errors_of)
+            yield Inputs(layers, grams[source] / n, None, {}, totals[source] / n, errors_of)
 
 
-def _finite(gram: Tensor, source: Node) -> Tensor:
+def _check_finite(gram: Tensor, source: Node, x: Tensor, batch: Sequence[Tensor], index: int) -> None:
+    """Refuse inputs `x` that are not finite, or whose Gram matrix is not; it had been until this batch."""
     if not torch.isfinite(gram).all():
-        raise DataError("the inputs of a layer are not finite on the calibration data", where=edit.module_path(source))
-    return gram
+        with naming(x, batch, index):
+            raise DataError("the inputs of a layer are not finite on the calibration data", where=edit.module_path(source))
 
 
 def exact_copy(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:

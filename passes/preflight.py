@@ -10,11 +10,10 @@ from torch.fx import GraphModule
 
 from ir import edit
 from ir.canonical import canonicalize
-from ir.errors import DataError
 from passes.backend import Backend
 from passes.base import Context
 from passes.estimates import CHECKS, WRITE, Axis, Estimate, Step, estimate
-from passes.folders import PARTIAL, beside
+from passes.folders import PARTIAL, beside, refused_in_words
 from passes.part import Kind, kinds
 from passes.pipeline import Pipeline
 from passes.rehearsal import Rehearsal, Size, learns, rehearse
@@ -93,13 +92,8 @@ def plan(gm: GraphModule, pipeline: Pipeline, ctx: Context, target: Backend, out
     ctx.progress.say(f"pre-flight: {len(sizes.places)} of {sizes.layers} layers through all of it")
     folder = existing(out.absolute().parent) if out else Path(tempfile.gettempdir())
     prefix = f"{beside(out, PARTIAL).name}-" if out else "fxpress-"
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=prefix) as place:
-            steps, first, second = _run(sizes, whole, pipeline, ctx, target, Path(place))
-    except OSError as error:
-        raise DataError(
-            f"cannot write: {error.strerror or error}", where=str(folder), remedy="free space, or choose another folder"
-        ) from error
+    with refused_in_words(folder), tempfile.TemporaryDirectory(dir=folder, prefix=prefix) as place:
+        steps, first, second = _run(sizes, whole, pipeline, ctx, target, Path(place))
     written, scratch = (
         round(a + max(b - a, 0) * sizes.more) for a, b in ((first.written, second.written), (first.scratch, second.scratch))
     )

@@ -17,8 +17,8 @@ HEAD = """# The pre-flight against the compile
 Processor seconds on one thread and peaks of resident memory, estimated from parts of one and two layers with 2 and 4 of 8 batches, against
 the whole; each compile is a process of its own, `w4a16` by GPTQ. Ratios are estimated over measured. Sizes are of the backend's files.
 
-| model | layers | backend | round_weights, s: estimated | measured | ratio | lowering: ratio | all: ratio | peak, MB: estimated | measured | ratio \
-| size, MB: estimated | measured | ratio |
+| model | layers | backend | round_weights, s: estimated | measured | ratio | lowering: ratio | all: ratio \
+| peak, MB: estimated | measured | ratio | size, MB: estimated | measured | ratio |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 

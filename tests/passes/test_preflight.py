@@ -52,13 +52,13 @@ def test_a_pre_flight_changes_nothing_and_is_reported(captured):
 @pytest.mark.parametrize(
     "pipeline",
     [
-        "canonicalize, annotate(group=32, ignore=['re:model.layers.3.*', 'model.layers.4.mlp.up_proj']), round_weights('nearest')",
-        "canonicalize, prune(share=0.2, what='layers', criterion='magnitude', compensate=False), annotate(group=32), round_weights('nearest')",
-        "canonicalize, annotate(group=32), assign_bits(memory=0.2), round_weights('nearest')",
+        "canonicalize, annotate(group=32, ignore=['re:model.layers.3.*', 'model.layers.4.mlp.up_proj']), round_weights(method='nearest')",
+        "canonicalize, prune(share=0.2, what='layers', criterion='magnitude', compensate=False), w8a16",
+        "canonicalize, annotate(group=32), assign_bits(memory=0.2), round_weights(method='nearest')",
         pytest.param(
             "canonicalize, annotate(scheme='W4A8'), learn(steps=50), learn_rounding(steps=50), quantize", marks=pytest.mark.thorough
         ),
-        "canonicalize, annotate(group=32), round_weights('nearest'), quantize_cache",
+        "canonicalize, annotate(group=32), round_weights(method='nearest'), quantize_cache",
     ],
 )
 def test_what_only_the_whole_can_have_is_no_error_of_a_part(captured, pipeline):

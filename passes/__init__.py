@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from passes import presets
     from passes.base import Context, Effect, Pass
     from passes.compiled import Compiled, load
-    from passes.driver import compile
+    from passes.driver import compile, estimate
     from passes.exporters import Quantizer
     from passes.loading import load_model
     from passes.pipeline import Pipeline
@@ -32,6 +32,7 @@ _WHERE = {
     "Recipe": "passes.recipe",
     "compile": "passes.driver",
     "emit": "ir.edit",
+    "estimate": "passes.driver",
     "find": "ir.match",
     "load": "passes.compiled",
     "load_model": "passes.loading",
@@ -51,6 +52,7 @@ __all__ = [
     "Recipe",
     "compile",
     "emit",
+    "estimate",
     "find",
     "load",
     "load_model",

@@ -80,6 +80,8 @@ class Annotate(Pass):
 
     def requires(self, gm: GraphModule, ctx: Context) -> None:
         """Patterns that match, and a layer to quantize."""
+        if ctx.part:
+            return
         known = layers(gm)
         check_patterns(self.targets, known, "annotate(targets=...)")
         check_patterns(self.ignore, known, "annotate(ignore=...)")

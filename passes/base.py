@@ -62,6 +62,7 @@ class Context:
         allow_partial: leave unsupported layers as they are, instead of refusing.
         memo: what earlier compiles have computed of this one.
         ranks: the processes that share the work.
+        part: the graph is a part of a model, on trial: patterns may match none of its layers, and budgets are the nearest that it has.
     """
 
     calibration: Sequence[list[Tensor]] = ()
@@ -77,6 +78,7 @@ class Context:
     allow_partial: bool = False
     memo: Results = field(default_factory=Results)
     ranks: Ranks = field(default_factory=Ranks)
+    part: bool = False
 
     def skip(self, path: str, reason: str, size: int, asked: bool = False) -> None:
         """Record that the weight bytes at `path` are left as they are, and why."""
@@ -161,7 +163,10 @@ class Pass:
 
 @dataclass(frozen=True)
 class Record:
-    """What one pass did: sites changed, seconds taken, and the relative error of the outputs it caused (None where nothing may change)."""
+    """What one pass did: sites changed, seconds taken, and the relative error of the outputs it caused (None where nothing may change).
+
+    `peak_bytes` is what the process had in memory at most meanwhile, `own_bytes` what of it was not pages of files; 0 if not known.
+    """
 
     text: str
     effect: Effect
@@ -169,3 +174,5 @@ class Record:
     seconds: float
     difference: float | None
     skipped: tuple[Skip, ...] = ()
+    peak_bytes: int = 0
+    own_bytes: int = 0

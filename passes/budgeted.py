@@ -202,7 +202,8 @@ class Budgeted(Pass):
                 reasons = {refusal(ctx, layer, form) for layer, form in pairs}
                 remedy = "; ".join(sorted(filter(None, reasons)))
                 raise CoverageError("no width is left to choose from", where=own.layers[0].path, remedy=remedy)
-        return replace(bare, options=found)
+        problem = replace(bare, options=found)
+        return replace(problem, budget=max(problem.budget, problem.least)) if ctx.part else problem
 
     def _budget(self, gm: GraphModule, ctx: Context, linked: Sequence[Linked]) -> tuple[int, LatencyTable | None]:
         """In bits of codes, scales and zero points; or in nanoseconds, with a table."""

@@ -1,6 +1,7 @@
 """Calibration data: whatever a caller has, as a list of flat inputs that fit the graph."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch.fx import GraphModule
 
 from ir.errors import DataError
 from ir.signature import Signature
+
+NOT_FINITE = "leave that sample out, or load the model in a wider dtype"
 
 
 def flat_batches(gm: GraphModule, calibration: Iterable[Any] | None) -> list[list[Tensor]]:
@@ -47,6 +50,27 @@ def take_rows(batch: Sequence[Tensor], rows: Any) -> list[Tensor]:
     """Some samples of a flat batch: whatever picks rows of a tensor, applied to every input that has one a sample."""
     size = len(batch[0])
     return [value[rows] if value.ndim and len(value) == size else value for value in batch]
+
+
+@contextmanager
+def naming(value: Tensor, batch: Sequence[Tensor], index: int, *, whole: bool = True) -> Iterator[None]:
+    """Say in errors over a value that is not finite, or its squares, which samples of a batch made it so.
+
+    Args:
+        value: computed of the batch, `[samples, …]`, or with tokens and samples in one axis.
+        whole: the value is of all samples, not of some of them.
+    """
+    try:
+        yield
+    except DataError as error:
+        bad = ~torch.isfinite(value.square())
+        if not bad.any():
+            raise
+        count = len(batch[0]) if whole and len(value) % len(batch[0]) == 0 else 1
+        samples = bad.reshape(count, -1).any(1).nonzero().flatten().tolist()
+        named = f", sample{'s' if len(samples) > 1 else ''} {', '.join(map(str, samples))}" if count > 1 else ""
+        where = ", ".join(filter(None, [error.where, f"calibration batch {index}{named}"]))
+        raise DataError(error.what, where=where, remedy=NOT_FINITE) from error
 
 
 def without_past(signature: Signature, batch: Sequence[Tensor]) -> list[Tensor]:

@@ -3,33 +3,31 @@
 What needs torch is imported inside of the commands, so that `--help` and bad usage are answered at once.
 """
 
-import logging
+import contextlib
 import os
 import sys
-import warnings
-import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
 from ir.errors import FxpressError
-
-if TYPE_CHECKING:
-    from passes.progress import Progress
-
-WIDTH = 140  # of pages that go to a file or a pipe
+from passes import console
+from passes.signals import Ended, ended_by_signals
 
 
 class _Commands(TyperGroup):
-    """Errors that fxpress raises on purpose become one message and exit code 1."""
+    """Errors that fxpress raises on purpose become one message and exit code 1; signals to end 130 and 143, after clearing up."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with ended_by_signals():
+                return super().invoke(ctx)
+        except Ended as signal:
+            typer.echo(f"{signal}: what was not complete is removed", err=True)
+            raise typer.Exit(signal.code) from signal
         except FxpressError as error:
             rank = os.environ.get("RANK")  # where torchrun has started several processes
             typer.echo(f"error in process {rank}: {error}" if rank else f"error: {error}", err=True)
@@ -63,6 +61,10 @@ def compile_(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Leave layers that the backend cannot run as they are.")] = False,
     dtype: Dtype = "float32",
+    preflight: Annotated[
+        bool | None, typer.Option(help="Run one block through all of it first. [default: from 1 GB of weights on]")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Run one block, print what the rest would take, and stop.")] = False,
 ) -> None:
     """Compress a model and write a folder that runs. Under torchrun the processes share the work, and the first one writes."""
     if bool(pipeline) == (recipe is not None):
@@ -71,7 +73,8 @@ def compile_(
     from passes import loading, registry
     from passes.calibration import token_windows
     from passes.evaluation import quality
-    from passes.folders import check_free
+    from passes.folders import check_free, claimed
+    from passes.resources import existing
 
     ranks = passes.Ranks.from_environment()
     if ranks.first:
@@ -86,18 +89,23 @@ def compile_(
     tokenizer = loading.load_tokenizer(model, needed=bool(calibration_text or test_text))
     batches = loading.calibration_batches(calibration_text, tokenizer, samples, window, seed) if calibration_text else None
     ids = token_windows(test_text, tokenizer, window, windows) if test_text else None
-    original = loading.load_model(model, dtype, scratch=_existing(out))
-    _quiet()
-    options: dict[str, Any] = {"seed": seed, "allow_partial": allow_partial, "progress": _progress(), "ranks": ranks}
-    compiled = passes.compile(original, steps, batches, target, tokenizer=tokenizer, **options)
-    ranks.close()
-    if not ranks.first:
+    original = loading.load_model(model, dtype, scratch=existing(out.resolve().parent))
+    console.quiet()
+    options: dict[str, Any] = {"seed": seed, "allow_partial": allow_partial, "progress": console.progress(), "ranks": ranks, "out": out}
+    if dry_run:
+        found = passes.estimate(original, steps, batches, target, **options)
+        console.show(found.page() if found else "the model has too few layers to tell from one what the others take")
         return
-    if ids is not None and text is not None:
-        found = {f"{text.name}, before": quality(original, ids), f"{text.name}, after": quality(compiled, ids, original)}
-        compiled.report().measures.update(found)
-    compiled.save(out, overwrite=overwrite)
-    _print(*compiled.report().page(), f"on disk: {_megabytes(Path(model))} before, {_megabytes(out)} after, in {out}")
+    with claimed(out) if ranks.first else contextlib.nullcontext():
+        compiled = passes.compile(original, steps, batches, target, tokenizer=tokenizer, preflight=preflight, **options)
+        ranks.close()
+        if not ranks.first:
+            return
+        if ids is not None and text is not None:
+            measured = {f"{text.name}, before": quality(original, ids), f"{text.name}, after": quality(compiled, ids, original)}
+            compiled.report().measures.update(measured)
+        compiled.save(out, overwrite=overwrite)
+    console.show(*compiled.report().page(), f"on disk: {console.megabytes(Path(model))} before, {console.megabytes(out)} after, in {out}")
 
 
 @app.command("eval")
@@ -126,9 +134,9 @@ def eval_(
     table = Table(f"{text.name}, {ids.shape[0]} windows of {ids.shape[1]} tokens", *columns)
     for name, values in rows.items():
         table.add_row(name, *(f"{values[key]:.4g}" if key in values else "" for key in columns))
-    _print(table)
+    console.show(table)
     if original is None:
-        _print("without --reference there is no comparison with the original")
+        console.show("without --reference there is no comparison with the original")
 
 
 @app.command()
@@ -165,7 +173,7 @@ def passes_(markdown: Annotated[bool, typer.Option("--markdown", help="Print the
     if markdown:
         typer.echo(catalogue.markdown())
     else:
-        _print(*(sheet.rich() for sheet in catalogue.catalogue()))
+        console.show(*(sheet.rich() for sheet in catalogue.catalogue()))
 
 
 @app.command("inspect")
@@ -188,7 +196,7 @@ def inspect_(
     gm = inspection.annotated(load_model(model, dtype), steps, ctx)
     if graph:
         typer.echo(graph_text(gm))
-    _print(*inspection.tables(gm, ctx), *(f"note: {note}" for note in ctx.notes))
+    console.show(*inspection.tables(gm, ctx), *(f"note: {note}" for note in ctx.notes))
 
 
 @app.command("report")
@@ -199,7 +207,7 @@ def report_(
     """Open the report of a compressed model in the browser."""
     from passes import page
 
-    _open(page.write_report(directory), no_open)  # drawn anew: a page that came with the folder may hold anything
+    console.browse(page.write_report(directory), no_open)  # drawn anew: a page that came with the folder may hold anything
 
 
 @app.command("compare")
@@ -213,43 +221,5 @@ def compare_(
     from passes import page
 
     path, tables = page.write_comparison(first, second, out)
-    _print(*tables)
-    _open(path, no_open)
-
-
-def _open(path: Path, no_open: bool) -> None:
-    """Print where a page is; show it in a browser, if there is one."""
-    typer.echo(path)
-    if not no_open and not webbrowser.open(path.resolve().as_uri()):
-        typer.echo("there is no browser to open it in", err=True)
-
-
-def _print(*parts: Any) -> None:
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console = Console(markup=False, highlight=False, width=WIDTH)
-    for part in parts:
-        console.print(part)
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder above a path that there is."""
-    return next(folder for folder in path.resolve().parents if folder.is_dir())
-
-
-def _progress() -> "Progress":
-    from passes.progress import Progress
-
-    return Progress(lines=not sys.stderr.isatty())
-
-
-def _quiet() -> None:
-    """No remarks of exporters among ours."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore", FutureWarning)
-
-
-def _megabytes(folder: Path) -> str:
-    """The size of a folder's files; for a model on the Hub, that it has none."""
-    sizes = [file.stat().st_size for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
-    return f"{sum(sizes) / 1e6:.2f} MB" if sizes else "not in a local folder"
+    console.show(*tables)
+    console.browse(path, no_open)

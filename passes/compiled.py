@@ -21,7 +21,7 @@ from passes.backend import Backend, Executable, Movable
 from passes.base import Record
 from passes.calls import call_text
 from passes.decoding import Choice, Decodes, Growing, decode
-from passes.folders import MANIFEST, appearing_folder
+from passes.folders import MANIFEST, appearing_folder, temporary_files
 from passes.page.saved import FILE as REPORT
 from passes.recipe import Recipe
 from passes.report import Report
@@ -145,7 +145,8 @@ class Compiled:
         target: Backend = registry.backend(backend) if isinstance(backend, str) else backend
         of_passes = self._report.notes[: len(self._report.notes) - self._report.lowering]
         remarks: list[str] = []
-        executable = target.lower(self.graph, self.graph.meta["example"], remarks)
+        with temporary_files():
+            executable = target.lower(self.graph, self.graph.meta["example"], remarks)
         notes = [*of_passes, *remarks]
         report = replace(self._report, backend=target.name, notes=notes, target=executable.report(), lowering=len(remarks))
         recipe = self._recipe and self._recipe.model_copy(update={"backend": call_text(target.name, target)})

@@ -11,27 +11,25 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ir import edit
-from ir.capture import capture
-from ir.errors import DataError, OptionError
-from ir.signature import Signature
-from ir.verify import check_weights, verify
+from ir.errors import DataError
 from passes import registry
 from passes.backend import Backend
 from passes.base import Context, Pass
-from passes.calibration import flat_batches
 from passes.calls import call_text
 from passes.compiled import Compiled
+from passes.estimates import TABLE, Estimate
+from passes.folders import temporary_files
 from passes.layerwise import View, layer_rows, part_rows, read_rows
 from passes.memo import Memo
-from passes.pipeline import Pipeline
+from passes.preflight import plan, wanted
 from passes.probe import model_outputs, relative_error
 from passes.progress import Progress
 from passes.ranks import Ranks
-from passes.recipe import Recipe, calibration_fingerprint, versions, weights_fingerprint
+from passes.recipe import Recipe, versions
 from passes.report import Report, coverage, left_out
+from passes.resources import watched
 from passes.resuming import Results
-
-PROBE_ROWS, PROBE_LENGTH = 2, 64
+from passes.start import begin
 
 
 def compile(
@@ -48,6 +46,8 @@ def compile(
     progress: Progress | None = None,
     cache: Memo | str | Path | bool | None = None,
     ranks: Ranks | None = None,
+    preflight: bool | None = None,
+    out: str | Path | None = None,
 ) -> Compiled:
     """Compress a model.
 
@@ -66,44 +66,36 @@ def compile(
             of the user, `~/.cache/fxpress`. What is written is the same with and without.
         ranks: the processes that share the work, each of which calls this with the same arguments: `Ranks.from_environment()`. All get the
             same graph; only the first lowers it to the backend and is to save it, the others' results run the graph.
+        preflight: run one block through all of it first, estimate what the rest takes, and refuse what there is no room for; None: if
+            there is a gigabyte of weights.
+        out: the folder that will be saved to, for the pre-flight to look at its disk.
 
     Raises:
         FxpressError: one of its kinds; bad input is refused before any long work.
     """
     started = time.perf_counter()
-    recipe = pipeline if isinstance(pipeline, Recipe) else None
-    backend = backend or (recipe.backend if recipe else "reference")
-    target: Backend = registry.backend(backend) if isinstance(backend, str) else backend
-    steps = Pipeline.of(recipe.pipeline if recipe else pipeline)  # type: ignore[arg-type]
-    if recipe:
-        recipe.check_files(steps)
-    if not steps.passes:
-        raise OptionError("the pipeline is empty", remedy="name a preset, w4a16, or passes")
-    gm = capture(model, args, kwargs)
-    verify(gm, stage="capture")
-    check_weights(gm)
-    batches = flat_batches(gm, calibration)
-    marks = (weights_fingerprint(gm), calibration_fingerprint(batches))
-    ranks = ranks or Ranks()
-    ranks.agree([str(steps), *marks, seed, versions()], "pipeline, model, calibration data, seed or version")
-    if recipe:
-        recipe.check(*marks)
-        seed = recipe.seed
-    example: list[Tensor] = gm.meta["example"]
-    ctx = Context(batches, _probe(gm, batches) or example, seed, progress or Progress(), backend=target, allow_partial=allow_partial)
-    ctx.ranks = ranks
-    if not ranks.first:
-        ctx.progress = Progress(silent=True)
+    start = begin(model, pipeline, calibration, backend, args, kwargs, seed, ranks)
+    gm, steps, target, ctx = start.gm, start.steps, start.target, start.ctx
+    ctx.progress, ctx.allow_partial = _shown(progress, ctx.ranks), allow_partial
+    found = plan(gm, steps, ctx, target, Path(out) if out else None) if wanted(gm, preflight) else None
+    if found:
+        ctx.progress.show(found.page())
     ctx.original = edit.copied(gm)
-    ctx.memo = Results(Memo.of(cache), f"{type(model).__name__}, {steps}", ranks)
-    ctx.memo.begin(gm, ctx, marks)
+    ctx.memo = Results(Memo.of(cache), f"{type(model).__name__}, {steps}", ctx.ranks)
+    ctx.memo.begin(gm, ctx, start.marks)
     original = _original(gm, ctx)
     before = View.of(gm, ctx)
+    running = time.perf_counter()
     trace = steps.execute(gm, ctx)
-    target = target if ranks.first else registry.backend("reference")
+    checks = time.perf_counter() - running - sum(record.seconds for record in trace)
+    target = target if ctx.ranks.first else registry.backend("reference")
     ctx.progress.say(f"lowering to {target.name}")
     remarks: list[str] = []
-    executable = target.lower(gm, gm.meta["example"], remarks)
+    lowering = time.perf_counter()
+    with watched() as peak, temporary_files():
+        executable = target.lower(gm, gm.meta["example"], remarks)
+    if found:
+        ctx.tables[TABLE] = found.compared(trace, checks, time.perf_counter() - lowering, peak)
     after = View.of(gm, ctx)
     report = Report(
         model=type(model).__name__,
@@ -124,23 +116,43 @@ def compile(
         lowering=len(remarks),
     )
     made = Recipe(
-        pipeline=str(steps), backend=call_text(target.name, target), seed=seed, versions=versions(), weights=marks[0], calibration=marks[1]
+        pipeline=str(steps),
+        backend=call_text(target.name, target),
+        seed=ctx.seed,
+        versions=versions(),
+        weights=start.marks[0],
+        calibration=start.marks[1],
     )
     return Compiled(executable, gm.meta["signature"], target.name, gm, report, made, tokenizer or _own_folder(gm))
 
 
-def _probe(gm: GraphModule, batches: Sequence[Sequence[Tensor]]) -> list[Tensor] | None:
-    """A small part of the first calibration batch, or all of it where inputs beside the tokens cannot be made up; None without any."""
-    if not batches:
-        return None
-    signature: Signature = gm.meta["signature"]
-    tokens = batches[0][0]
-    if signature.inputs[0].name != "input_ids" or tokens.ndim != 2:
-        return list(batches[0])
-    try:
-        return signature.bind(input_ids=tokens[:PROBE_ROWS, :PROBE_LENGTH])
-    except DataError:
-        return list(batches[0])
+def estimate(
+    model: nn.Module,
+    pipeline: str | Pass | Iterable[Pass] | Recipe = "w4a16",
+    calibration: Iterable[Any] | None = None,
+    backend: str | Backend | None = None,
+    *,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    allow_partial: bool = False,
+    progress: Progress | None = None,
+    ranks: Ranks | None = None,
+    out: str | Path | None = None,
+) -> Estimate | None:
+    """What `compile` would take with these arguments, by a real run of one block through all of it; None for models of too few layers.
+
+    Raises:
+        FxpressError: what `compile` would refuse, and what there is no room for.
+    """
+    start = begin(model, pipeline, calibration, backend, args, kwargs, seed, ranks)
+    start.ctx.progress, start.ctx.allow_partial = _shown(progress, start.ctx.ranks), allow_partial
+    return plan(start.gm, start.steps, start.ctx, start.target, Path(out) if out else None)
+
+
+def _shown(progress: Progress | None, ranks: Ranks) -> Progress:
+    """The first process shows progress, and no other."""
+    return (progress or Progress()) if ranks.first else Progress(silent=True)
 
 
 def _original(gm: GraphModule, ctx: Context) -> tuple[Tensor, ...]:

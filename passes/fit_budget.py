@@ -111,7 +111,8 @@ class FitBudget(Budgeted):
 
     def requires(self, gm: GraphModule, ctx: Context) -> None:
         """As `assign_bits`; inputs that are not rounded yet, and patterns that match."""
-        check_patterns(self.ignore, layers(gm), "fit_budget(ignore=...)")
+        if not ctx.part:
+            check_patterns(self.ignore, layers(gm), "fit_budget(ignore=...)")
         rounded = next((layer.path for site in self.sites(gm) for layer in site if layer.input_rounded), None)
         if rounded is not None:
             raise OptionError("the input is rounded already", where=rounded, remedy="put fit_budget before quantize")

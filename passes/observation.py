@@ -13,8 +13,9 @@ from ir import evaluate
 from ir.sites import readers
 from ir.statistics import Statistics, TensorStatistics
 from passes.base import Context
-from passes.calibration import take_rows, tokens_in
+from passes.calibration import naming, take_rows, tokens_in
 from passes.packed import STATISTICS
+from passes.portions import Portions
 from passes.ranks import Ranks
 
 Zeros = Callable[[], Sequence[Tensor]]
@@ -25,13 +26,15 @@ TOKENS = 16384  # that tell mean squares well enough
 def watch(gm: GraphModule, ctx: Context, sources: Collection[Node], take: Callable[[Node, Tensor], None], doing: str) -> None:
     """Give `take` the values of `sources` on every batch of this process, as soon as each is known.
 
+    Where memory runs out, `take` gets the samples of a batch in portions; what it refuses since it is not finite is told with its sample.
+
     Args:
         sources: calls and inputs of the graph.
         doing: what the progress bar says.
     """
-    run = _runner(gm, sources)
+    run = _runner(gm, ctx, sources)
     for index in ctx.track(ctx.ranks.share(len(ctx.calibration)) if sources else (), doing):
-        run(ctx.calibration[index], take)
+        run(index, take)
 
 
 def total(gm: GraphModule, ctx: Context, sources: Collection[Node], zeros: Zeros, take: Take, doing: str) -> list[Tensor]:
@@ -42,24 +45,29 @@ def total(gm: GraphModule, ctx: Context, sources: Collection[Node], zeros: Zeros
         zeros: makes the sums of nothing.
         take: adds what a node's value has to sums.
     """
-    run = _runner(gm, sources)
-    return ctx.total(zeros, lambda _, batch, sums: run(batch, partial(take, sums)), doing) if sources else list(zeros())
+    run = _runner(gm, ctx, sources)
+    return ctx.total(zeros, lambda index, _, sums: run(index, partial(take, sums)), doing) if sources else list(zeros())
 
 
-def _runner(gm: GraphModule, sources: Collection[Node]) -> Callable[[Sequence[Tensor], Callable[[Node, Tensor], None]], None]:
+def _runner(gm: GraphModule, ctx: Context, sources: Collection[Node]) -> Callable[[int, Callable[[Node, Tensor], None]], None]:
     """What gives a function the values of nodes on a batch; no more of the graph is run than they need."""
     wanted = set(sources)
     calls = evaluate.calls_for(gm, wanted)
 
-    def run(batch: Sequence[Tensor], take: Callable[[Node, Tensor], None]) -> None:
+    portions = Portions(gm, ctx)
+
+    def run(index: int, take: Callable[[Node, Tensor], None]) -> None:
+        batch = ctx.calibration[index]
+
         def tap(node: Node, value: Any) -> None:
             if node in wanted:
-                take(node, value)
+                with naming(value, batch, index, whole=not portions.rows):
+                    take(node, value)
 
         given = evaluate.bind(gm, batch)
         for node, value in given.items():
             tap(node, value)
-        evaluate.evaluate(gm, calls, given, [], tap)
+        portions.run(calls, given, [], tap)
 
     return run
 
@@ -111,7 +119,7 @@ def statistics(
     lane_of = {index: lane for lane, batches in enumerate(lanes) for index in batches}
     moments: dict[int, Statistics] = {}
     whole = Statistics()
-    run = _runner(gm, names)
+    run = _runner(gm, ctx, names)
 
     def take(own: Statistics, node: Node, value: Tensor) -> None:
         own.observe(names[node], form(value), sketch=False)
@@ -119,7 +127,7 @@ def statistics(
             whole.observe(names[node], form(value), gram=gram, sketch=sketch)
 
     for index in ctx.track(ranks.share(count), doing):
-        run(ctx.calibration[index], partial(take, moments.setdefault(lane_of[index], Statistics())))
+        run(index, partial(take, moments.setdefault(lane_of[index], Statistics())))
     found = Statistics()
     for name in names.values() if count else ():
         found[name] = _merged(ranks, [lane % ranks.world for lane in range(len(lanes))], [own.pop(name) for own in moments.values()])

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -17,7 +17,9 @@ from ir.verify import verify
 from passes import registry
 from passes.base import Context, Effect, Pass, Record
 from passes.calls import parse_calls
+from passes.portions import REMEDY, out_of_memory
 from passes.probe import model_outputs, relative_error
+from passes.resources import watched
 from passes.support import refuse_unsupported
 
 # Greatest relative error of the outputs that rounding may cause in a pass that keeps the function, by the narrowest dtype computed in:
@@ -86,11 +88,11 @@ class Pipeline(Pass):
         for index, step in enumerate(self.passes):
             ctx.progress.say(f"[{index + 1}/{len(self.passes)}] {step}")
             try:
-                with ctx.memo.during(step, gm, ctx):
+                with ctx.memo.during(step, gm, ctx), watched() as peak:
                     record, before = _run_one(step, gm, ctx, before)
             except Exception as error:
                 raise _failure(step, records, error) from error
-            records.append(record)
+            records.append(replace(record, peak_bytes=peak.resident, own_bytes=peak.own))
             give_back()  # so that what a pass took and left adds nothing to the peak of the next
         return records
 
@@ -98,6 +100,8 @@ class Pipeline(Pass):
 def _failure(step: Pass, records: list[Record], error: Exception) -> FxpressError:
     ran = f"after {', '.join(record.text for record in records) or 'nothing'}"
     if not isinstance(error, FxpressError):
+        if out_of_memory(error):
+            return DataError(f"pass {step} failed: memory runs out: {str(error).splitlines()[0]}", where=ran, remedy=REMEDY)
         return PassError(f"pass {step} failed: {type(error).__name__}: {error}", where=ran)
     kind = type(error) if isinstance(error, CALLERS) else PassError
     return kind(f"pass {step} failed: {error.what}", where="\n".join(filter(None, [error.where, ran])), remedy=error.remedy)

@@ -16,7 +16,9 @@ from ir.encoding import Encoding
 from ir.errors import DataError
 from ir.sites import Layer, before_rounding
 from passes.base import Context
+from passes.calibration import naming
 from passes.memo import Tensors
+from passes.portions import Portions
 from passes.stream import Stream
 from passes.walk import Walk
 
@@ -72,12 +74,12 @@ class Prefix:
         self.gm, self.ctx, self.pending, self.weights = gm, ctx, pending, weights
         outside, self.cut = blocks(gm)
         own = ctx.ranks.share(len(ctx.calibration))
-        self.now = Stream(gm, outside, own)
+        self.now = Stream(gm, outside, own, Portions(gm, ctx))
         self.was: Stream | None = None
         self.done: set[Node] = set()
         if exact:
             copy, self.twin = exact_copy(gm)
-            self.was = Stream(copy, [self.twin[node] for node in outside], own)
+            self.was = Stream(copy, [self.twin[node] for node in outside], own, Portions(copy, ctx))
             self.done.update(self.was.outside)
 
     def inputs(self, doing: str) -> Iterator[Inputs]:
@@ -108,6 +110,7 @@ class Prefix:
             count, total, gram, cross, *of_groups = sums
             x = self.now.values(block, index, batch, [source])[source].flatten(0, -2).float()
             gram.addmm_(x.T, x)
+            check_finite(gram, source, x, batch, index)
             total += x.sum(0)
             count += len(x)
             for of_layer, weights in zip(of_groups, wanted.values(), strict=True):
@@ -119,7 +122,7 @@ class Prefix:
         count, total, gram, cross, *of_groups = self.ctx.total(zeros, take)
         n = max(int(count), 1)
         grams = {node: found / n for node, found in zip(wanted, of_groups, strict=True)}
-        return Inputs(layers, finite(gram, source) / n, None if exact is None else cross / n, grams, total / n)
+        return Inputs(layers, gram / n, None if exact is None else cross / n, grams, total / n)
 
     def _advance(self, number: int) -> None:
         """Let both streams enter the block after that of this number: what they have of this process's own batches."""
@@ -155,15 +158,15 @@ class Prefix:
         return Block(*(tuple(self.twin[node] for node in part) for part in (block.nodes, block.entry, block.exit)))
 
 
-def finite(gram: Tensor, source: Node) -> Tensor:
-    """A Gram matrix.
+def check_finite(gram: Tensor, source: Node, x: Tensor, batch: Sequence[Tensor], index: int) -> None:
+    """Look at a Gram matrix that has just taken in the inputs `x [tokens, K]` of a batch.
 
     Raises:
-        DataError: it is not finite.
+        DataError: it is not finite, and had been until then.
     """
     if not torch.isfinite(gram).all():
-        raise DataError("the inputs of a layer are not finite on the calibration data", where=edit.module_path(source))
-    return gram
+        with naming(x, batch, index):
+            raise DataError("the inputs of a layer are not finite on the calibration data", where=edit.module_path(source))
 
 
 def exact_copy(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:

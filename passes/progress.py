@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import track
+
+WIDTH = 140  # of tables that go to a file or a pipe
 
 T = TypeVar("T")
 
@@ -40,3 +42,11 @@ class Progress:
         """A plain line on standard error, if lines are wanted."""
         if self.lines and not self.silent:
             print(text, file=sys.stderr, flush=True)
+
+    def show(self, page: RenderableType) -> None:
+        """A table on standard error, on a terminal or if lines are wanted."""
+        console = Console(stderr=True, markup=False, highlight=False)
+        if console.is_terminal:
+            console.print(page)
+        elif self.lines:
+            Console(stderr=True, markup=False, highlight=False, width=WIDTH).print(page)

@@ -134,7 +134,8 @@ class Prune(Pass):
     def requires(self, gm: GraphModule, ctx: Context) -> None:
         """Weights as the model had them, and patterns that match."""
         found = layers(gm)
-        check_patterns(self.ignore, found, "prune(ignore=...)")
+        if not ctx.part:
+            check_patterns(self.ignore, found, "prune(ignore=...)")
         for layer in found:
             if layer.weight.op != "get_attr" or any(layer.site(name).encoding for name in ("weight", *["input"][: layer.kind == "Linear"])):
                 raise OptionError("the layer is annotated or quantized already", where=layer.path, remedy="put prune before annotate")
@@ -192,7 +193,7 @@ class Prune(Pass):
         Raises:
             CoverageError: the nearest one is too far from it, and nothing may be left.
         """
-        if abs(reached - self.share) > CLOSE and not ctx.allow_partial:
+        if abs(reached - self.share) > CLOSE and not (ctx.allow_partial or ctx.part):
             raise CoverageError(
                 f"{self.share:.1%} of the units' weights cannot be dropped: the nearest is {reached:.1%}",
                 where="; ".join(note for note in ctx.notes if note.startswith("prune:")) or str(self),

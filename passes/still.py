@@ -15,7 +15,8 @@ from ir.sites import Layer
 from passes.base import Context
 from passes.calibration import tokens_in
 from passes.memo import Tensors
-from passes.prefix import Inputs, Source, finite
+from passes.portions import Portions
+from passes.prefix import Inputs, Source, check_finite
 from passes.stream import Stream
 from passes.walk import Walk
 
@@ -60,7 +61,7 @@ class _Still:
     def __init__(self, gm: GraphModule, ctx: Context, roundings: Roundings) -> None:
         self.gm, self.ctx, self.roundings = gm, ctx, roundings
         outside, self.cut = blocks(gm)
-        self.stream = Stream(gm, outside, ctx.ranks.share(len(ctx.calibration)))
+        self.stream = Stream(gm, outside, ctx.ranks.share(len(ctx.calibration)), Portions(gm, ctx))
 
     def advance(self, number: int) -> None:
         """Let the stream enter the block after that of this number."""
@@ -100,6 +101,7 @@ class _Still:
             for source, (total, gram, noise) in by_source(sums).items():
                 x = values[source].flatten(0, -2).float()
                 gram.addmm_(x.T, x)
+                check_finite(gram, source, x, batch, index)
                 total.add_(x.sum(0))
                 for encoding, errors in noise.items():
                     e = x - numerics.fake_quantize(values[source], encoding).flatten(0, -2).float()
@@ -109,5 +111,5 @@ class _Still:
         found = {}
         for source, (total, gram, noise) in by_source(self.ctx.total(zeros, take)).items():
             errors_of = {encoding: errors / count for encoding, errors in noise.items()}
-            found[source] = Inputs(readers[source], finite(gram, source) / count, None, {}, total / count, errors_of)
+            found[source] = Inputs(readers[source], gram / count, None, {}, total / count, errors_of)
         return found

@@ -12,6 +12,7 @@ from ir.blocks import Block
 from ir.errors import DataError
 from ir.store import HANDED_OUT, Store
 from passes.memo import Tensors
+from passes.portions import Portions
 
 Values = dict[Node, Any]
 
@@ -24,12 +25,14 @@ class Stream:
         gm: the graph.
         outside: nodes.
         own: the numbers of the batches.
+        portions: run them.
         entering: values by batch.
     """
 
     gm: GraphModule
     outside: list[Node]
     own: Sequence[int]
+    portions: Portions
     entering: dict[int, Values] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -44,7 +47,7 @@ class Stream:
         known = [node for node in (*self.outside, *block.nodes) if node in needed]
         # Since the graph was cut, weights have been rounded: what makes floats of their codes runs first.
         weights = [node for node in needed.difference(known) if node.op == "call_function"]
-        return evaluate.evaluate(self.gm, [*weights, *known], given, keep)
+        return self.portions.run([*weights, *known], given, keep)
 
     def enter(self, block: Block, calibration: Sequence[Sequence[Tensor]]) -> None:
         """Run a block, and let what leaves it enter the next one: in one order in memory, as it is when it was kept on disk."""

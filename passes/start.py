@@ -1,0 +1,85 @@
+"""The start of a compile: what was given, captured and checked."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ir.capture import capture
+from ir.errors import DataError, OptionError
+from ir.signature import Signature
+from ir.verify import check_weights, verify
+from passes import registry
+from passes.backend import Backend
+from passes.base import Context, Pass
+from passes.calibration import flat_batches
+from passes.pipeline import Pipeline
+from passes.ranks import Ranks
+from passes.recipe import Recipe, calibration_fingerprint, versions, weights_fingerprint
+
+PROBE_ROWS, PROBE_LENGTH = 2, 64
+
+
+@dataclass(frozen=True)
+class Start:
+    """Everything that was given, checked: what comes next is long work."""
+
+    gm: GraphModule
+    steps: Pipeline
+    target: Backend
+    ctx: Context
+    marks: tuple[str, str]  # fingerprints of weights and calibration data
+
+
+def begin(
+    model: nn.Module,
+    pipeline: str | Pass | Iterable[Pass] | Recipe,
+    calibration: Iterable[Any] | None,
+    backend: str | Backend | None,
+    args: Sequence[Any] | None,
+    kwargs: Mapping[str, Any] | None,
+    seed: int,
+    ranks: Ranks | None,
+) -> Start:
+    """Capture a model and check it, the data and the recipe; all processes must have been given the same.
+
+    Raises:
+        FxpressError: what is bad of what was given.
+    """
+    recipe = pipeline if isinstance(pipeline, Recipe) else None
+    backend = backend or (recipe.backend if recipe else "reference")
+    target: Backend = registry.backend(backend) if isinstance(backend, str) else backend
+    steps = Pipeline.of(recipe.pipeline if recipe else pipeline)  # type: ignore[arg-type]
+    if recipe:
+        recipe.check_files(steps)
+    if not steps.passes:
+        raise OptionError("the pipeline is empty", remedy="name a preset, w4a16, or passes")
+    gm = capture(model, args, kwargs)
+    verify(gm, stage="capture")
+    check_weights(gm)
+    batches = flat_batches(gm, calibration)
+    marks = (weights_fingerprint(gm), calibration_fingerprint(batches))
+    ranks = ranks or Ranks()
+    ranks.agree([str(steps), *marks, seed, versions()], "pipeline, model, calibration data, seed or version")
+    if recipe:
+        recipe.check(*marks)
+        seed = recipe.seed
+    example: list[Tensor] = gm.meta["example"]
+    ctx = Context(batches, _probe(gm, batches) or example, seed, backend=target, ranks=ranks)
+    return Start(gm, steps, target, ctx, marks)
+
+
+def _probe(gm: GraphModule, batches: Sequence[Sequence[Tensor]]) -> list[Tensor] | None:
+    """A small part of the first calibration batch, or all of it where inputs beside the tokens cannot be made up; None without any."""
+    if not batches:
+        return None
+    signature: Signature = gm.meta["signature"]
+    tokens = batches[0][0]
+    if signature.inputs[0].name != "input_ids" or tokens.ndim != 2:
+        return list(batches[0])
+    try:
+        return signature.bind(input_ids=tokens[:PROBE_ROWS, :PROBE_LENGTH])
+    except DataError:
+        return list(batches[0])

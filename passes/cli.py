@@ -1,4 +1,4 @@
-"""The command line: `fxpress compile | eval | generate | passes | inspect | report | compare`. A command parses, calls and prints.
+"""The command line: `fxpress compile | eval | generate | passes | inspect | report | compare | cache`. A command parses, calls and prints.
 
 What needs torch is imported inside of the commands, so that `--help` and bad usage are answered at once.
 """
@@ -16,6 +16,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from ir.errors import FxpressError
+from passes import cache_command
 
 if TYPE_CHECKING:
     from passes.progress import Progress
@@ -61,8 +62,11 @@ def compile_(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Leave layers that the backend cannot run as they are.")] = False,
     dtype: Dtype = "float32",
+    cache: cache_command.Folder = None,
+    cache_size: cache_command.Size = 20,
+    no_cache: cache_command.Off = False,
 ) -> None:
-    """Compress a model and write a folder that runs."""
+    """Compress a model and write a folder that runs. What was killed goes on where it was, by the same command."""
     if bool(pipeline) == (recipe is not None):
         raise typer.BadParameter("give either --pipeline or --recipe")
     import passes
@@ -85,8 +89,9 @@ def compile_(
     ids = token_windows(test_text, tokenizer, window, windows) if test_text else None
     original = loading.load_model(model, dtype)
     _quiet()
+    memo = cache_command.memo(no_cache, cache, cache_size)
     compiled = passes.compile(
-        original, steps, batches, target, seed=seed, tokenizer=tokenizer, allow_partial=allow_partial, progress=_progress()
+        original, steps, batches, target, seed=seed, tokenizer=tokenizer, allow_partial=allow_partial, progress=_progress(), cache=memo
     )
     if ids is not None and text is not None:
         measures = compiled.report().measures
@@ -94,6 +99,9 @@ def compile_(
         measures[f"{text.name}, after"] = quality(compiled, ids, original)
     compiled.save(out, overwrite=overwrite)
     _print(*compiled.report().page(), f"on disk: {_megabytes(Path(model))} before, {_megabytes(out)} after, in {out}")
+
+
+app.command("cache")(cache_command.cache)
 
 
 @app.command("eval")

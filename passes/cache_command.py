@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from passes.terminal import show
 
 if TYPE_CHECKING:
     from passes.memo import Memo
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 GB = 10**9
 AGES = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))  # seconds of a unit
 
-Folder = Annotated[Path | None, typer.Option("--cache", help="Folder that results are kept in. [default: $FXPRESS_CACHE, or ~/.cache/fxpress]")]
+Folder = Annotated[
+    Path | None, typer.Option("--cache", help="Folder that results are kept in. [default: $FXPRESS_CACHE, or ~/.cache/fxpress]")
+]
 Size = Annotated[float, typer.Option("--cache-size", min=0, help="GB that it may take; what was used least recently goes.")]
 Off = Annotated[bool, typer.Option("--no-cache", help="Keep nothing, and compute everything anew.")]
 Clear = Annotated[bool, typer.Option("--clear", help="Remove all of it.")]
@@ -39,9 +42,7 @@ def cache(folder: Folder = None, clear: Clear = False) -> None:
     table = Table("result", "of", "MB", "age", "last used", title_justify="left", title=str(kept.folder))
     for entry in entries:
         table.add_row(entry.what, entry.of, f"{entry.bytes / 1e6:.2f}", _ago(entry.made), _ago(entry.used))
-    console = Console(markup=False, highlight=False)
-    console.print(table)
-    console.print(f"{len(entries)} results, {sum(entry.bytes for entry in entries) / 1e6:.1f} MB")
+    show(table, f"{len(entries)} results, {sum(entry.bytes for entry in entries) / 1e6:.1f} MB")
 
 
 def _ago(moment: float) -> str:

@@ -8,20 +8,15 @@ import sys
 import warnings
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
 from ir.errors import FxpressError
 from passes import cache_command
-
-if TYPE_CHECKING:
-    from passes.progress import Progress
-
-WIDTH = 140  # of pages that go to a file or a pipe
+from passes.terminal import progress, show
 
 
 class _Commands(TyperGroup):
@@ -91,14 +86,14 @@ def compile_(
     _quiet()
     memo = cache_command.memo(no_cache, cache, cache_size)
     compiled = passes.compile(
-        original, steps, batches, target, seed=seed, tokenizer=tokenizer, allow_partial=allow_partial, progress=_progress(), cache=memo
+        original, steps, batches, target, seed=seed, tokenizer=tokenizer, allow_partial=allow_partial, progress=progress(), cache=memo
     )
     if ids is not None and text is not None:
         measures = compiled.report().measures
         measures[f"{text.name}, before"] = quality(original, ids)
         measures[f"{text.name}, after"] = quality(compiled, ids, original)
     compiled.save(out, overwrite=overwrite)
-    _print(*compiled.report().page(), f"on disk: {_megabytes(Path(model))} before, {_megabytes(out)} after, in {out}")
+    show(*compiled.report().page(), f"on disk: {_megabytes(Path(model))} before, {_megabytes(out)} after, in {out}")
 
 
 app.command("cache")(cache_command.cache)
@@ -130,9 +125,9 @@ def eval_(
     table = Table(f"{text.name}, {ids.shape[0]} windows of {ids.shape[1]} tokens", *columns)
     for name, values in rows.items():
         table.add_row(name, *(f"{values[key]:.4g}" if key in values else "" for key in columns))
-    _print(table)
+    show(table)
     if original is None:
-        _print("without --reference there is no comparison with the original")
+        show("without --reference there is no comparison with the original")
 
 
 @app.command()
@@ -170,7 +165,7 @@ def passes_(markdown: Annotated[bool, typer.Option("--markdown", help="Print the
     if markdown:
         typer.echo(catalogue.markdown())
     else:
-        _print(*(sheet.rich() for sheet in catalogue.catalogue()))
+        show(*(sheet.rich() for sheet in catalogue.catalogue()))
 
 
 @app.command("inspect")
@@ -193,7 +188,7 @@ def inspect_(
     gm = inspection.annotated(load_model(model, dtype), steps, ctx)
     if graph:
         typer.echo(graph_text(gm))
-    _print(*inspection.tables(gm, ctx), *(f"note: {note}" for note in ctx.notes))
+    show(*inspection.tables(gm, ctx), *(f"note: {note}" for note in ctx.notes))
 
 
 @app.command("report")
@@ -218,7 +213,7 @@ def compare_(
     from passes import page
 
     path, tables = page.write_comparison(first, second, out)
-    _print(*tables)
+    show(*tables)
     _open(path, no_open)
 
 
@@ -227,20 +222,6 @@ def _open(path: Path, no_open: bool) -> None:
     typer.echo(path)
     if not no_open and not webbrowser.open(path.resolve().as_uri()):
         typer.echo("there is no browser to open it in", err=True)
-
-
-def _print(*parts: Any) -> None:
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console = Console(markup=False, highlight=False, width=WIDTH)
-    for part in parts:
-        console.print(part)
-
-
-def _progress() -> "Progress":
-    from passes.progress import Progress
-
-    return Progress(lines=not sys.stderr.isatty())
 
 
 def _quiet() -> None:

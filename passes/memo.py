@@ -165,7 +165,7 @@ class Memo:
 
     def _files(self) -> Iterator[tuple[Path, int, float]]:
         """Every entry with its bytes and when it was used; drafts that a killed process left are removed on the way."""
-        with suppress(FileNotFoundError), os.scandir(self.folder) as found:
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError), os.scandir(self.folder) as found:
             for file in found:
                 draft = DRAFT.fullmatch(file.name)
                 if not draft and not ENTRY.fullmatch(file.name):

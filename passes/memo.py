@@ -112,7 +112,7 @@ class Memo:
             self._say(f"a result of {size / 1e9:.1f} GB is larger than the cache, and was not kept: give it more room (--cache-size)")
             return
         stored = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        stated = {"format": FORMAT, "key": key, "checksum": _checksum(stored), "what": what, "of": of, "made": f"{time.time():.0f}"}
+        stated = {"format": FORMAT, "key": key, "checksum": _checksum(stored), "what": what, "of": of, "made": str(int(time.time()))}
         path = self._path(key)
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -45,7 +45,8 @@ def test_entries_are_listed_and_cleared_and_other_files_stay(tmp_path):
         cache.put(key, TENSORS, what, "Llama, w4a16")
         os.utime(file_of(cache, key), (0, time.time() - (100 if what == "one" else 10)))
     assert [(entry.what, entry.of) for entry in cache.entries()] == [("other", "Llama, w4a16"), ("one", "Llama, w4a16")]
-    assert all(entry.bytes == file_of(cache).stat().st_size and entry.made <= time.time() for entry in cache.entries())
+    assert [entry.bytes for entry in cache.entries()] == [file_of(cache, key).stat().st_size for key in (KEYS[1], KEYS[0])]
+    assert all(entry.made <= time.time() for entry in cache.entries())
     assert cache.clear() > 0
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"] and not cache.entries()
 

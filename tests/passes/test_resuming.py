@@ -59,15 +59,13 @@ def test_results_are_the_same_with_and_without(pipeline, tmp_path):
 
 def test_the_last_pass_alone_is_computed_anew(tmp_path, monkeypatch):
     made("mixed(bits=3.2, steps=3, own_text=False), tune(steps=2)", tmp_path)
-    monkeypatch.setattr(evidence, "_round", None)
+    monkeypatch.setattr(evidence, "_round", pytest.fail)
     again = made("mixed(bits=3.2, steps=3, own_text=False), tune(steps=3)", tmp_path)
     assert set(told(again)) == {"assign_bits", "learn_rounding"}
     assert same_weights(again.graph, made("mixed(bits=3.2, steps=3, own_text=False), tune(steps=3)", tmp_path).graph)
 
 
 def test_another_backend_computes_nothing_anew_that_does_not_ask_it(tmp_path):
-    pipeline = "mixed(bits=3.2, steps=2, own_text=False), quantize_cache(bits=8, widths=(4, 8)), tune(steps=2)"
-    pipeline = "w4a16, assign_bits" if False else pipeline
     made("mixed(bits=3.2, steps=2, own_text=False)", tmp_path)
     found = told(made("mixed(bits=3.2, steps=2, own_text=False)", tmp_path, backend="onnx"))
     assert set(found) == {"learn_rounding"}  # of the same widths; those were chosen among what the target has
@@ -92,9 +90,6 @@ def test_what_a_result_depends_on_is_in_its_key(tmp_path, change):
 def test_other_weights_are_another_model(tmp_path):
     made("w4a16", tmp_path)
     gm = LLAMA.graph()
-    with torch.no_grad():
-        parameter = next(iter(gm.parameters()))
-        gm.get_submodule("")  # the captured graph shares its tensors
     name, parameter = next(iter(gm.named_parameters()))
     holder, _, leaf = name.rpartition(".")
     setattr(gm.get_submodule(holder), leaf, torch.nn.Parameter(parameter * 2, requires_grad=False))
@@ -154,7 +149,7 @@ def test_a_cache_that_cannot_be_written_does_not_end_a_compile(tmp_path):
     assert sum("cannot be written" in note for note in compiled.report().notes) == 1
 
 
-class Stopped(Exception):
+class StopError(Exception):
     pass
 
 
@@ -167,8 +162,8 @@ class Stopping(Progress):
 
     def track(self, items, doing):
         for index, item in enumerate(items):
-            if doing == self.loop and index == self.after:
-                raise Stopped
+            if doing.startswith(self.loop) and index == self.after:
+                raise StopError
             yield item
 
 
@@ -181,14 +176,14 @@ class Stopping(Progress):
         ("mixed(bits=3.2, steps=6, own_text=False)", "learn rounding", 4),
         ("w8a16, tune(steps=6)", "tune", 4),
         ("w4a4(transform='learned')", "learn", 9),
-        ("canonicalize, annotate(scheme='W4A4'), learn(loss='block', steps=4)", "learn block 2 of 4", 2),
+        ("canonicalize, annotate(scheme='W4A4'), learn(loss='block', steps=4)", "learn block 2", 2),
         ("canonicalize, untie, fold_norm, prune(criterion='masks', steps=6)", "learn masks", 3),
         ("canonicalize, untie, fold_norm, prune(criterion='wanda')", "refit", 2),
     ],
 )
 def test_a_run_that_was_stopped_goes_on_with_the_same_bits(pipeline, loop, after, tmp_path):
     cache = Memo(tmp_path, seconds=0.0)
-    with pytest.raises(passes.FxpressError, match="Stopped"):
+    with pytest.raises(passes.FxpressError, match="StopError"):
         made(pipeline, cache, progress=Stopping(loop=loop, after=after))
     again = made(pipeline, cache)
     notes = " ".join(again.report().notes)

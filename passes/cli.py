@@ -1,4 +1,4 @@
-"""The command line: `fxpress compile | eval | generate | passes | inspect | report | compare`. A command parses, calls and prints.
+"""The command line: `fxpress compile | eval | generate | passes | inspect | report | compare | cache`. A command parses, calls and prints.
 
 What needs torch is imported inside of the commands, so that `--help` and bad usage are answered at once.
 """
@@ -14,7 +14,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from ir.errors import FxpressError
-from passes import console
+from passes import cache_command, console
 from passes.signals import Ended, ended_by_signals
 
 
@@ -65,8 +65,14 @@ def compile_(
         bool | None, typer.Option(help="Run one block through all of it first. [default: from 1 GB of weights on]")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Run one block, print what the rest would take, and stop.")] = False,
+    cache: cache_command.Folder = None,
+    cache_size: cache_command.Size = 20,
+    no_cache: cache_command.Off = False,
 ) -> None:
-    """Compress a model and write a folder that runs. Under torchrun the processes share the work, and the first one writes."""
+    """Compress a model and write a folder that runs. What was killed goes on where it was, by the same command.
+
+    Under torchrun the processes share the work, and the first one writes.
+    """
     if bool(pipeline) == (recipe is not None):
         raise typer.BadParameter("give either --pipeline or --recipe")
     import passes
@@ -97,7 +103,8 @@ def compile_(
         console.show(found.page() if found else "the model has too few layers to tell from one what the others take")
         return
     with claimed(out) if ranks.first else contextlib.nullcontext():
-        compiled = passes.compile(original, steps, batches, target, tokenizer=tokenizer, preflight=preflight, **options)
+        memo = cache_command.memo(no_cache, cache, cache_size)
+        compiled = passes.compile(original, steps, batches, target, tokenizer=tokenizer, preflight=preflight, cache=memo, **options)
         ranks.close()
         if not ranks.first:
             return
@@ -106,6 +113,9 @@ def compile_(
             compiled.report().measures.update(measured)
         compiled.save(out, overwrite=overwrite)
     console.show(*compiled.report().page(), f"on disk: {console.megabytes(Path(model))} before, {console.megabytes(out)} after, in {out}")
+
+
+app.command("cache")(cache_command.cache)
 
 
 @app.command("eval")

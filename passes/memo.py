@@ -112,7 +112,7 @@ class Memo:
             self._say(f"a result of {size / 1e9:.1f} GB is larger than the cache, and was not kept: give it more room (--cache-size)")
             return
         stored = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        stated = {"format": FORMAT, "key": key, "checksum": _checksum(stored), "what": what, "of": of, "made": f"{time.time():.0f}"}
+        stated = {"format": FORMAT, "key": key, "checksum": _checksum(stored), "what": what, "of": of, "made": str(int(time.time()))}
         path = self._path(key)
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ class Memo:
 
     def _files(self) -> Iterator[tuple[Path, int, float]]:
         """Every entry with its bytes and when it was used; drafts that a killed process left are removed on the way."""
-        with suppress(FileNotFoundError), os.scandir(self.folder) as found:
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError), os.scandir(self.folder) as found:
             for file in found:
                 draft = DRAFT.fullmatch(file.name)
                 if not draft and not ENTRY.fullmatch(file.name):

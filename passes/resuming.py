@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from passes.base import Context, Pass
 
 T = TypeVar("T")
-SHARE = 10  # states of loops are written at most so seldom that this takes a tenth of the time
 
 
 class Results:
@@ -233,9 +232,9 @@ class Slot:
             return None
 
     def put(self, make: Callable[[], Tensors | None], seconds: float = 0.0) -> None:
-        """Keep a state, if the last one is some seconds old, and ten times as old as keeping it took; None is no state."""
+        """Keep a state, if the last one is some seconds old, and twice as old as keeping it took; None is no state."""
         began = time.perf_counter()
-        if self.memo is None or not (self.memo.writes and self.ranks.first) or began - self.saved < max(seconds, SHARE * self.spent):
+        if self.memo is None or not (self.memo.writes and self.ranks.first) or began - self.saved < max(seconds, 2 * self.spent):
             return
         tensors = make()
         if tensors is not None:

@@ -8,6 +8,7 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,14 @@ from tests.checkpoint import write_checkpoint
 from tests.families import Family, load
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of commands is a folder of the test's own, which is made when something is kept there, and never the user's."""
+    folder = tmp_path_factory.getbasetemp() / "cache" / uuid.uuid4().hex
+    monkeypatch.setenv("FXPRESS_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

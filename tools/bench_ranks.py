@@ -33,6 +33,7 @@ from passes.ranks import Ranks
 from tools import bench_model
 
 WORLDS = (1, 2, 4)
+BATCHES = 8
 START = "canonicalize, untie, fold_norm, annotate(scheme='W4A16', group=64, symmetric=False)"
 STEPS = {
     "observe": "observe",
@@ -71,10 +72,10 @@ def wide() -> tuple[nn.Module, list[Tensor]]:
         vocab_size=2048, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=4
     )
     generator = torch.Generator().manual_seed(0)
-    return transformers.LlamaForCausalLM(config).eval(), [torch.randint(2048, (4, 256), generator=generator) for _ in range(8)]
+    return transformers.LlamaForCausalLM(config).eval(), [torch.randint(2048, (8, 256), generator=generator) for _ in range(BATCHES)]
 
 
-def work(bench: Path, name: str, folder: Path) -> None:
+def work(bench: Path, name: str, rows: int, folder: Path) -> None:
     """Run all steps in this process, as one of those that the environment tells of."""
     torch.set_num_threads(1)
     ranks = Ranks.from_environment()
@@ -82,7 +83,8 @@ def work(bench: Path, name: str, folder: Path) -> None:
         model, calibration = wide()
     else:
         loaded = bench_model.load(bench)
-        model, calibration = loaded.model, loaded.calibration[:8]
+        model, calibration = loaded.model, loaded.calibration
+    calibration = [batch[:rows] for batch in calibration[:BATCHES]]
     start = passes.compile(capture(model), START).graph
     clock = Clock()
     evidence.codes_of = clock.timed("rounding", evidence.codes_of)
@@ -102,13 +104,13 @@ def work(bench: Path, name: str, folder: Path) -> None:
     ranks.close()
 
 
-def launch(bench: Path, name: str, world: int, folder: Path) -> list[dict[str, Any]]:
+def launch(bench: Path, name: str, rows: int, world: int, folder: Path) -> list[dict[str, Any]]:
     """What each of `world` processes says."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
     known = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "tools.bench_ranks", str(bench), "--work", name, "--out", str(folder)]
+    command = [sys.executable, "-m", "tools.bench_ranks", str(bench), "--work", name, "--rows", str(rows), "--out", str(folder)]
     started = [subprocess.Popen(command, env=known | {"RANK": str(rank)}) for rank in range(world)]
     if sum(abs(process.wait()) for process in started):
         raise SystemExit(f"{world} processes failed on {name}")
@@ -153,26 +155,27 @@ def main() -> None:
     parser.add_argument("bench", type=Path)
     parser.add_argument("--models", nargs="*", default=["trained", "wide"])
     parser.add_argument("--worlds", nargs="*", type=int, default=list(WORLDS))
+    parser.add_argument("--rows", type=int, default=8, help="windows of 256 tokens in each of eight batches")
     parser.add_argument("--note", default="", help="a sentence on the machine, for the table")
     parser.add_argument("--work", default="", help="be one of the processes")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     if given.work:
-        work(given.bench, given.work, given.out)
+        work(given.bench, given.work, given.rows, given.out)
         return
     cores = os.cpu_count()
     lines = [
         f"# Several processes\n\n`python -m tools.bench_ranks {given.bench}`, torch {torch.__version__}, {cores} cores, one thread each,",
         f"gloo on one machine. {given.note} Speed-up of wall time is at most {cores} here; that of processor time, of the process",
         "that has most of it, is what a core for each would give, but for waiting. `gathering` and `rounding` are the parts of",
-        "`round_weights`.",
+        f"`round_weights`. Calibration: {BATCHES} batches of {given.rows} windows of 256 tokens.",
         f"\n{HEAD}",
     ]
     for name in given.models:
         said, tensors = {}, {}
         for world in given.worlds:
             with tempfile.TemporaryDirectory() as folder:
-                said[world] = launch(given.bench, name, world, Path(folder))
+                said[world] = launch(given.bench, name, given.rows, world, Path(folder))
                 tensors[world] = {key: value.clone() for key, value in load_file(Path(folder) / "tensors.safetensors").items()}
         lines += rows(name, said, tensors)
         given.out.write_text("\n".join([*lines, ""]), encoding="utf-8")

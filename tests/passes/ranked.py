@@ -78,6 +78,7 @@ def main(folder: Path, cases: list[str]) -> None:
     """Run cases, and write what each leaves."""
     torch.set_num_threads(1)
     ranks = Ranks.from_environment(timeout=5 if "hangs" in cases else 100)
+    assert Ranks.from_environment() == Ranks(ranks.rank, ranks.world)  # there is a group now
     for case in cases:
         if case not in CASES:
             _fails(case, folder, ranks)

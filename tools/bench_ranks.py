@@ -75,7 +75,7 @@ def wide() -> tuple[nn.Module, list[Tensor]]:
     return transformers.LlamaForCausalLM(config).eval(), [torch.randint(2048, (8, 256), generator=generator) for _ in range(BATCHES)]
 
 
-def work(bench: Path, name: str, rows: int, folder: Path) -> None:
+def work(bench: Path, name: str, rows: int, steps: Sequence[str], folder: Path) -> None:
     """Run all steps in this process, as one of those that the environment tells of."""
     torch.set_num_threads(1)
     ranks = Ranks.from_environment()
@@ -90,10 +90,10 @@ def work(bench: Path, name: str, rows: int, folder: Path) -> None:
     evidence.codes_of = clock.timed("rounding", evidence.codes_of)
     tensors: dict[str, Tensor] = {}
     widths: dict[str, str] = {}
-    for step, text in STEPS.items():
+    for step in steps:
         ranks.everyone(None)
         run = clock.timed(step, passes.compile)
-        made = run(edit.copied(start), text, calibration, ranks=ranks).graph
+        made = run(edit.copied(start), STEPS[step], calibration, ranks=ranks).graph
         if step == "assign_bits":
             widths = {layer.path: str(layer.site("weight").encoding) for layer in layers(made)}
         if step == "round_weights":
@@ -104,23 +104,24 @@ def work(bench: Path, name: str, rows: int, folder: Path) -> None:
     ranks.close()
 
 
-def launch(bench: Path, name: str, rows: int, world: int, folder: Path) -> list[dict[str, Any]]:
+def launch(bench: Path, name: str, rows: int, steps: Sequence[str], world: int, folder: Path) -> list[dict[str, Any]]:
     """What each of `world` processes says."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
     known = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "tools.bench_ranks", str(bench), "--work", name, "--rows", str(rows), "--out", str(folder)]
+    command = [sys.executable, "-m", "tools.bench_ranks", str(bench), "--work", name, "--rows", str(rows), "--steps", *steps]
+    command += ["--out", str(folder)]
     started = [subprocess.Popen(command, env=known | {"RANK": str(rank)}) for rank in range(world)]
     if sum(abs(process.wait()) for process in started):
         raise SystemExit(f"{world} processes failed on {name}")
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(world)]
 
 
-def rows(name: str, said: dict[int, list[dict[str, Any]]], tensors: dict[int, dict[str, Tensor]]) -> list[str]:
+def table(name: str, steps: Sequence[str], said: dict[int, list[dict[str, Any]]], tensors: dict[int, dict[str, Tensor]]) -> list[str]:
     """The table of one model."""
     lines = []
-    for step in ("observe", "assign_bits", "gathering", "rounding"):
+    for step in [*(step for step in steps if step != "round_weights"), *(("gathering", "rounding") if "round_weights" in steps else ())]:
         alone = seconds(said[1], step)
         for world, ranks in said.items():
             wall, processor = seconds(ranks, step)
@@ -156,12 +157,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["trained", "wide"])
     parser.add_argument("--worlds", nargs="*", type=int, default=list(WORLDS))
     parser.add_argument("--rows", type=int, default=8, help="windows of 256 tokens in each of eight batches")
+    parser.add_argument("--steps", nargs="*", default=list(STEPS), choices=list(STEPS))
     parser.add_argument("--note", default="", help="a sentence on the machine, for the table")
     parser.add_argument("--work", default="", help="be one of the processes")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     if given.work:
-        work(given.bench, given.work, given.rows, given.out)
+        work(given.bench, given.work, given.rows, given.steps, given.out)
         return
     cores = os.cpu_count()
     lines = [
@@ -175,9 +177,9 @@ def main() -> None:
         said, tensors = {}, {}
         for world in given.worlds:
             with tempfile.TemporaryDirectory() as folder:
-                said[world] = launch(given.bench, name, given.rows, world, Path(folder))
+                said[world] = launch(given.bench, name, given.rows, given.steps, world, Path(folder))
                 tensors[world] = {key: value.clone() for key, value in load_file(Path(folder) / "tensors.safetensors").items()}
-        lines += rows(name, said, tensors)
+        lines += table(name, given.steps, said, tensors)
         given.out.write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 

@@ -120,6 +120,7 @@ def _run_one(step: Pass, gm: GraphModule, ctx: Context, before: tuple[Tensor, ..
             raise PassError(f"{step.name()} declares the effect {step.effect.value.upper()} but changed the graph")
         if step.effect is Effect.ANNOTATE:
             refuse_unsupported(gm, ctx)
+            _agree(step, gm, ctx)
         return Record(str(step), step.effect, sites, seconds, None, tuple(ctx.skipped[skipped:])), before
     edit.clean(gm)
     verify(gm, stage=str(step))
@@ -127,7 +128,7 @@ def _run_one(step: Pass, gm: GraphModule, ctx: Context, before: tuple[Tensor, ..
         ctx.statistics = None
     after = model_outputs(gm, ctx.probe) if sites else before
     difference = relative_error(after, before)
-    _agree(step, ctx, after, limit)
+    _agree(step, gm, ctx, after, limit)
     if step.effect is Effect.PRESERVE and not difference <= limit:
         raise PassError(f"{step.name()} declares the effect PRESERVE but changed the outputs by {difference:.2g} (allowed {limit:g})")
     if not all(torch.isfinite(output).all() for output in after if output.is_floating_point()):
@@ -135,10 +136,11 @@ def _run_one(step: Pass, gm: GraphModule, ctx: Context, before: tuple[Tensor, ..
     return Record(str(step), step.effect, sites, seconds, difference, tuple(ctx.skipped[skipped:])), after
 
 
-def _agree(step: Pass, ctx: Context, outputs: tuple[Tensor, ...], limit: float) -> None:
+def _agree(step: Pass, gm: GraphModule, ctx: Context, outputs: tuple[Tensor, ...] = (), limit: float = 0.0) -> None:
     """Refuse models that a pass has made different on different processes, by more than machines round differently."""
     if ctx.ranks.world == 1:
         return
+    ctx.ranks.agree(graph_text(gm), f"graph after {step}")
     (first,) = ctx.ranks.collect([0], [{str(index): output for index, output in enumerate(outputs)}])
     apart = ctx.ranks.everyone(relative_error(outputs, tuple(first[str(index)] for index in range(len(outputs)))))
     other = next((rank for rank, error in enumerate(apart) if not error <= limit), None)

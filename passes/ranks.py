@@ -145,12 +145,12 @@ class Ranks:
     def everyone(self, value: T) -> list[T]:
         """What each process says, plain data; nobody goes on before all have said it."""
         found = self.collect(range(self.world), [{"": _bytes(json.dumps(value).encode())}])
-        return [json.loads(bytes(said[""].tolist())) for said in found]
+        return [json.loads(said[""].numpy().tobytes()) for said in found]
 
     def told(self, find: Callable[[], T]) -> T:
         """What the first process finds, plain data, on all."""
         (said,) = self.collect([0], [{"": _bytes(json.dumps(find()).encode())}] if self.first else [])
-        found: T = json.loads(bytes(said[""].tolist()))
+        found: T = json.loads(said[""].numpy().tobytes())
         return found
 
     def given(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor] | None:

@@ -33,14 +33,15 @@ from passes.ranks import Ranks
 from tools import bench_model
 
 WORLDS = (1, 2, 4)
+BATCHES = 8
 START = "canonicalize, untie, fold_norm, annotate(scheme='W4A16', group=64, symmetric=False)"
 STEPS = {
     "observe": "observe",
-    "assign_bits": "assign_bits(bits=3.3, measure=2048, corrections=1)",
+    "assign_bits": "assign_bits(bits=3.3, tokens=2048, measure=512)",
     "round_weights": "round_weights",
 }
 HEAD = (
-    "| model | step | processes | wall, s | speed-up | processor, s | speed-up | codes that differ | greatest change of a scale | widths |\n"
+    "| model | step | processes | wall, s | speed-up | processor, s | speed-up | codes that differ | scales, greatest change | widths |\n"
     "|---|---|---|---|---|---|---|---|---|---|"
 )
 
@@ -71,10 +72,10 @@ def wide() -> tuple[nn.Module, list[Tensor]]:
         vocab_size=2048, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=4
     )
     generator = torch.Generator().manual_seed(0)
-    return transformers.LlamaForCausalLM(config).eval(), [torch.randint(2048, (4, 256), generator=generator) for _ in range(16)]
+    return transformers.LlamaForCausalLM(config).eval(), [torch.randint(2048, (8, 256), generator=generator) for _ in range(BATCHES)]
 
 
-def work(bench: Path, name: str, folder: Path) -> None:
+def work(bench: Path, name: str, rows: int, steps: Sequence[str], folder: Path) -> None:
     """Run all steps in this process, as one of those that the environment tells of."""
     torch.set_num_threads(1)
     ranks = Ranks.from_environment()
@@ -83,15 +84,16 @@ def work(bench: Path, name: str, folder: Path) -> None:
     else:
         loaded = bench_model.load(bench)
         model, calibration = loaded.model, loaded.calibration
+    calibration = [batch[:rows] for batch in calibration[:BATCHES]]
     start = passes.compile(capture(model), START).graph
     clock = Clock()
     evidence.codes_of = clock.timed("rounding", evidence.codes_of)
     tensors: dict[str, Tensor] = {}
     widths: dict[str, str] = {}
-    for step, text in STEPS.items():
+    for step in steps:
         ranks.everyone(None)
         run = clock.timed(step, passes.compile)
-        made = run(edit.copied(start), text, calibration, ranks=ranks).graph
+        made = run(edit.copied(start), STEPS[step], calibration, ranks=ranks).graph
         if step == "assign_bits":
             widths = {layer.path: str(layer.site("weight").encoding) for layer in layers(made)}
         if step == "round_weights":
@@ -102,23 +104,24 @@ def work(bench: Path, name: str, folder: Path) -> None:
     ranks.close()
 
 
-def launch(bench: Path, name: str, world: int, folder: Path) -> list[dict[str, Any]]:
+def launch(bench: Path, name: str, rows: int, steps: Sequence[str], world: int, folder: Path) -> list[dict[str, Any]]:
     """What each of `world` processes says."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
     known = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "tools.bench_ranks", str(bench), "--work", name, "--out", str(folder)]
+    command = [sys.executable, "-m", "tools.bench_ranks", str(bench), "--work", name, "--rows", str(rows), "--steps", *steps]
+    command += ["--out", str(folder)]
     started = [subprocess.Popen(command, env=known | {"RANK": str(rank)}) for rank in range(world)]
     if sum(abs(process.wait()) for process in started):
         raise SystemExit(f"{world} processes failed on {name}")
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(world)]
 
 
-def rows(name: str, said: dict[int, list[dict[str, Any]]], tensors: dict[int, dict[str, Tensor]]) -> list[str]:
+def table(name: str, steps: Sequence[str], said: dict[int, list[dict[str, Any]]], tensors: dict[int, dict[str, Tensor]]) -> list[str]:
     """The table of one model."""
     lines = []
-    for step in ("observe", "assign_bits", "gathering", "rounding"):
+    for step in [*(step for step in steps if step != "round_weights"), *(("gathering", "rounding") if "round_weights" in steps else ())]:
         alone = seconds(said[1], step)
         for world, ranks in said.items():
             wall, processor = seconds(ranks, step)
@@ -153,27 +156,30 @@ def main() -> None:
     parser.add_argument("bench", type=Path)
     parser.add_argument("--models", nargs="*", default=["trained", "wide"])
     parser.add_argument("--worlds", nargs="*", type=int, default=list(WORLDS))
+    parser.add_argument("--rows", type=int, default=8, help="windows of 256 tokens in each of eight batches")
+    parser.add_argument("--steps", nargs="*", default=list(STEPS), choices=list(STEPS))
     parser.add_argument("--note", default="", help="a sentence on the machine, for the table")
     parser.add_argument("--work", default="", help="be one of the processes")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     if given.work:
-        work(given.bench, given.work, given.out)
+        work(given.bench, given.work, given.rows, given.steps, given.out)
         return
     cores = os.cpu_count()
     lines = [
-        f"# Several processes\n\n`python -m tools.bench_ranks {given.bench}`, torch {torch.__version__}, {cores} cores, one thread a process,",
-        f"gloo on one machine. {given.note} Speed-up of wall time is at most {cores} here; that of processor time, of the process that has",
-        "most of it, is what a core for each would give, but for waiting. `gathering` and `rounding` are the parts of `round_weights`.",
+        f"# Several processes\n\n`python -m tools.bench_ranks {given.bench}`, torch {torch.__version__}, {cores} cores, one thread each,",
+        f"gloo on one machine. {given.note} Speed-up of wall time is at most {cores} here; that of processor time, of the process",
+        "that has most of it, is what a core for each would give, but for waiting. `gathering` and `rounding` are the parts of",
+        f"`round_weights`. Calibration: {BATCHES} batches of {given.rows} windows of 256 tokens.",
         f"\n{HEAD}",
     ]
     for name in given.models:
         said, tensors = {}, {}
         for world in given.worlds:
             with tempfile.TemporaryDirectory() as folder:
-                said[world] = launch(given.bench, name, world, Path(folder))
+                said[world] = launch(given.bench, name, given.rows, given.steps, world, Path(folder))
                 tensors[world] = {key: value.clone() for key, value in load_file(Path(folder) / "tensors.safetensors").items()}
-        lines += rows(name, said, tensors)
+        lines += table(name, given.steps, said, tensors)
         given.out.write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ir.errors import DataError
+from ir.memory import map_large
 from ir.tensor_file import ALIGNED, Entry, read_header
 
 SMALL = 1 << 14  # bytes: tensors below stay in memory
@@ -51,6 +52,7 @@ class Store:
         self._handed = 0
         self._lock = threading.RLock()
         _allow_files()
+        map_large()
 
     def __deepcopy__(self, memo: Any) -> "Store":
         """Copies of a model share its store."""

@@ -1,3 +1,4 @@
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,3 +21,25 @@ def test_what_is_freed_between_what_is_held_goes_back():
     give_back()
     assert resident() < full - 30e6
     assert all(float(part.sum()) == 16 << 10 for part in held)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep their own counsel")
+def test_large_tensors_are_mapped_and_go_as_they_go():
+    script = """
+import sys, torch
+from pathlib import Path
+from ir.memory import map_large
+if sys.argv[1] == "mapped":
+    map_large()
+del (at := [torch.ones(4 << 20)])[:]  # after which the C library would take 16 MB from its heap
+parts = [torch.ones(1 << 20) for _ in range(40)]
+full = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+held = parts[1::2]
+del parts
+print((full - int(Path("/proc/self/statm").read_text().split()[1]) * 4096) // (4 << 20))
+"""
+    freed = {
+        how: int(subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("mapped", "heap")
+    }
+    assert freed["mapped"] >= 19 > freed["heap"] + 5

@@ -22,8 +22,8 @@ def write_page(path: Path, rows: list[dict[str, Any]], shape: Shape, tokens: int
         "",
         f"Llamas with random weights in bfloat16, hidden {shape.hidden}, intermediate {shape.intermediate}, vocabulary {shape.vocabulary}: "
         f"a layer takes {block / 1e6:.0f} MB. Each is compiled from a sharded folder, with {tokens} calibration tokens where any "
-        "are needed, and saved, in a process of its own by `tools/bench_scale.py`. Memory is read every 50 ms: the peak of all resident pages, and "
-        "of those that are of no file. Imports are counted.",
+        "are needed, and saved, in a process of its own by `tools/bench_scale.py`. Memory is read every 50 ms: the peak of all resident "
+        "pages, and of those that are of no file. Imports are counted.",
         "",
         "| backend | pipeline | layers | checkpoint, GB | peak, GB | of no file, GB | seconds | a layer, s | written, GB | threads |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -138,11 +138,16 @@ def main() -> None:
             print(f"{backend}, {depth} layers", flush=True)
             row = watched([sys.executable, "-m", "tools.bench_scale", "--one", str(folder), *map(str, arguments)])
             written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-            head = {"backend": backend, "depth": depth, "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors"))}
+            head = {
+                "backend": backend,
+                "pipeline": options.pipeline,
+                "depth": depth,
+                "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+            }
             rows.append({**head, "written": written, "threads": os.environ.get("OMP_NUM_THREADS", ""), **row})
             shutil.rmtree(out)
             if options.out:
-                write_page(options.out, rows, shape, options.pipeline, SAMPLES * WINDOW)
+                write_page(options.out, rows, shape, SAMPLES * WINDOW)
             print({key: value for key, value in rows[-1].items() if key not in {"stages", "curve"}}, flush=True)
     if not options.keep:
         shutil.rmtree(options.scratch)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ir import edit, numerics
+from ir import edit, numerics, serialize, store
 from ir.encoding import Encoding
 from ir.errors import DataError
 from ir.rounding import SCALE_DTYPE
@@ -160,3 +160,20 @@ def test_weights_of_another_folder_are_not_read(families, tmp_path):
     (folder / WEIGHTS_FILE).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(DataError, match="leads out of the folder"):
         load_graph(folder)
+
+
+@pytest.mark.parametrize("rows", [1, 1 << 10])
+def test_large_graphs_stay_on_disk_and_compute_the_same_bits(families, tmp_path, monkeypatch, rows):
+    monkeypatch.setattr(serialize, "AT_ONCE", rows)
+    gm = quantized(families("llama_tied").graph(), "u3[1,16]")
+    save_graph(gm, tmp_path)
+    monkeypatch.setattr(serialize, "LARGE", 0)
+    monkeypatch.setattr(store, "SMALL", 64)
+    loaded = load_graph(tmp_path)
+    own = loaded.meta[edit.STORE]
+    large = [tensor for tensor in loaded.buffers() if tensor.nbytes >= 64]
+    assert large
+    assert all(own.holds(tensor) for tensor in large)
+    example = gm.meta["example"]
+    with torch.no_grad():
+        assert torch.equal(gm(*example)[0], loaded(*example)[0])

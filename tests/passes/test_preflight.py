@@ -53,7 +53,7 @@ def test_a_pre_flight_changes_nothing_and_is_reported(captured):
     "pipeline",
     [
         "canonicalize, annotate(group=32, ignore=['re:model.layers.3.*', 'model.layers.4.mlp.up_proj']), round_weights(method='nearest')",
-        "canonicalize, prune(share=0.2, what='layers', criterion='magnitude', compensate=False), w8a16",
+        "canonicalize, prune(share=0.2, what=['layers'], criterion='magnitude', compensate=False), w8a16",
         "canonicalize, annotate(group=32), assign_bits(memory=0.2), round_weights(method='nearest')",
         pytest.param(
             "canonicalize, annotate(scheme='W4A8'), learn(steps=50), learn_rounding(steps=50), quantize", marks=pytest.mark.thorough

@@ -7,7 +7,6 @@ begins anew at the contents of the graph.
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -29,6 +28,7 @@ from passes.memo import DAMAGE, Memo, Tensors
 from passes.packed import Form, same_kind
 from passes.ranks import Ranks
 from passes.recipe import calibration_fingerprint, fingerprint, weights_fingerprint
+from passes.slot import Slot
 
 if TYPE_CHECKING:
     from passes.base import Context, Pass
@@ -153,7 +153,7 @@ class Results:
         form: Form[None] = Form(lambda _: {str(index): tensor for index, tensor in enumerate(whole)}, restore)
         self.kept(name, made, form)
 
-    def latest(self, name: str, *, own: bool = False) -> "Slot":
+    def latest(self, name: str, *, own: bool = False) -> Slot:
         """Where the state of a long loop is kept, each in place of the last; it goes when the result that the loop is part of is kept.
 
         Args:
@@ -208,44 +208,6 @@ class Results:
         count = self.counts[path] = self.counts.get(path, -1) + 1
         what = f"{name}#{count}"
         return _digest(self.step, *self.scope, what), what
-
-
-class Slot:
-    """The latest state of a long loop."""
-
-    def __init__(self, memo: Memo | None, key: str, name: str, what: str, of: str, ranks: Ranks) -> None:
-        self.memo, self.key, self.name, self.what, self.of, self.ranks = memo, key, name, what, of, ranks
-        self.saved, self.spent = time.perf_counter(), 0.0
-
-    def restored(self, restore: Callable[[Tensors], T]) -> T | None:
-        """What `restore` makes of the state; None if there is none, or if `restore` finds that it does not fit."""
-        if self.memo is None:
-            return None
-        held = self.ranks.given(self.memo.get(self.key) if self.ranks.first else None)
-        if held is None:
-            return None
-        try:
-            return restore(held)
-        except (DataError, *DAMAGE):
-            if self.ranks.first:
-                self.memo.damaged(self.key)
-            return None
-
-    def put(self, make: Callable[[], Tensors | None], seconds: float = 0.0) -> None:
-        """Keep a state, if the last one is some seconds old, and twice as old as keeping it took; None is no state."""
-        began = time.perf_counter()
-        if self.memo is None or not (self.memo.writes and self.ranks.first) or began - self.saved < max(seconds, 2 * self.spent):
-            return
-        tensors = make()
-        if tensors is not None:
-            self.memo.put(self.key, tensors, self.what, self.of)
-        self.saved = time.perf_counter()
-        self.spent = self.saved - began
-
-    def drop(self) -> None:
-        """Remove the state."""
-        if self.memo is not None and self.ranks.first:
-            self.memo.forget(self.key)
 
 
 def _ours(value: object, room: str = "passes") -> bool:

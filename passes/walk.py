@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from passes.memo import Tensors
-from passes.resuming import Slot
+from passes.slot import Slot
 
 
 class Walk:

@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from ir.match import find
     from passes import presets
     from passes.base import Context, Effect, Pass
+    from passes.commands.loading import load_model, load_tokenizer
     from passes.compiled import Compiled, load
+    from passes.data.calibration import token_windows
     from passes.driver import compile, estimate
     from passes.exporters import Quantizer
-    from passes.loading import load_model
     from passes.pipeline import Pipeline
     from passes.ranks import Ranks
     from passes.recipe import Recipe
@@ -35,8 +36,10 @@ _WHERE = {
     "estimate": "passes.driver",
     "find": "ir.match",
     "load": "passes.compiled",
-    "load_model": "passes.loading",
+    "load_model": "passes.commands.loading",
+    "load_tokenizer": "passes.commands.loading",
     "replace": "ir.edit",
+    "token_windows": "passes.data.calibration",
 }
 
 __all__ = [
@@ -56,8 +59,10 @@ __all__ = [
     "find",
     "load",
     "load_model",
+    "load_tokenizer",
     "presets",
     "replace",
+    "token_windows",
 ]
 
 

@@ -1,5 +1,5 @@
 """`python -m passes` is the command `fxpress`."""
 
-from passes.cli import app
+from passes.commands.cli import app
 
 app(prog_name="fxpress")

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch.fx import GraphModule
 
 from passes.base import Context, Effect
-from passes.budgeted import Budgeted
+from passes.budget.budgeted import Budgeted
 
 
 @dataclass(frozen=True)

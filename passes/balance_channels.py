@@ -16,8 +16,8 @@ from ir.online import online_inputs
 from ir.ops import HADAMARD
 from ir.sites import Layer, chosen
 from passes.base import Context, Effect, Pass
-from passes.observation import tokens_of, total
-from passes.packed import like
+from passes.data.observation import tokens_of, total
+from passes.memo.packed import like
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch.fx import GraphModule
 from ir.errors import OptionError
 from ir.statistics import Statistics
 from passes.calls import call_text
+from passes.memo.results import Results
 from passes.progress import Progress
 from passes.ranks import Ranks
-from passes.resuming import Results
 
 if TYPE_CHECKING:
     from passes.backend import Backend

@@ -9,9 +9,9 @@ from ir.cache import CacheSite
 from ir.cache_code import CacheCode
 from ir.encoding import Encoding
 from ir.statistics import Statistics
-from passes import observation
 from passes.base import Context
-from passes.packed import STATISTICS
+from passes.data import observation
+from passes.memo.packed import STATISTICS
 
 
 def observed(gm: GraphModule, ctx: Context, sites: Sequence[CacheSite]) -> Statistics:

@@ -13,8 +13,8 @@ from ir.encoding import Encoding
 from ir.errors import DataError, OptionError
 from ir.sites import Layer, readers
 from passes.base import Context, Effect, Pass
-from passes.observation import tokens_of, total
-from passes.packed import like
+from passes.data.observation import tokens_of, total
+from passes.memo.packed import like
 
 RATIOS = tuple(round(1 - 0.05 * i, 2) for i in range(11))  # 1 to 0.5
 

@@ -17,18 +17,18 @@ from passes.backend import Backend
 from passes.base import Context, Pass
 from passes.calls import call_text
 from passes.compiled import Compiled
-from passes.estimates import TABLE, Estimate
 from passes.folders import temporary_files
 from passes.layerwise import View, layer_rows, part_rows, read_rows
-from passes.memo import Memo
-from passes.preflight import plan, wanted
+from passes.memo.folder import Memo
+from passes.memo.results import Results
+from passes.preflight.estimates import TABLE, Estimate
+from passes.preflight.plan import plan, wanted
+from passes.preflight.resources import watched
 from passes.probe import model_outputs, relative_error
 from passes.progress import Progress
 from passes.ranks import Ranks
 from passes.recipe import Recipe, versions
 from passes.report import Report, coverage, left_out
-from passes.resources import watched
-from passes.resuming import Results
 from passes.start import begin
 
 

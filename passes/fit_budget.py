@@ -10,19 +10,19 @@ from torch.fx import GraphModule
 
 from ir.errors import DataError, OptionError
 from ir.sites import Layer, check_patterns, layers
-from passes import keeping
-from passes.allocation import Allocation
 from passes.base import Context, Effect
-from passes.budgeted import Budgeted
-from passes.dropping import drop, tell_left
-from passes.forms import Cuts, Forms, Site
-from passes.kinds import KINDS, Units
-from passes.linked import Linked, cuts_of, link
+from passes.budget.allocation import Allocation
+from passes.budget.budgeted import Budgeted
+from passes.budget.forms import Cuts, Forms, Site
+from passes.budget.linked import Linked, cuts_of, link
+from passes.budget.trial import Trial
+from passes.budget.tryout import try_out
 from passes.pipeline import Pipeline
-from passes.prunable import found_units
-from passes.trial import Trial
-from passes.tryout import try_out
-from passes.unit_scores import CRITERIA
+from passes.pruning import keeping
+from passes.pruning.dropping import drop, tell_left
+from passes.pruning.kinds import KINDS, Units
+from passes.pruning.prunable import found_units
+from passes.pruning.unit_scores import CRITERIA
 
 RATES = (1.0, 2.0, 4.0, 16.0, 256.0)  # that are tried: the last drops only what the budget does not allow at any width
 

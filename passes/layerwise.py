@@ -13,8 +13,8 @@ from ir.ops import DEQUANTIZE
 from ir.sites import Layer, Mark, before_rounding, floats, layers, quantized, readers
 from ir.weights import ERROR
 from passes.base import Context
-from passes.grid import place
-from passes.observation import watch
+from passes.data.observation import watch
+from passes.page.grid import place
 from passes.probe import relative_error
 from passes.progress import Progress
 from passes.ranks import Ranks

@@ -16,9 +16,9 @@ from ir.errors import DataError, OptionError
 from ir.online import online_inputs
 from ir.sites import chosen, layers, readers
 from passes.base import Context, Effect, Pass
-from passes.descent import Loss, descend, shuffled, some_rows, split
-from passes.divergence import of_outputs, own_outputs
-from passes.student import Student, Values, ratio, uses
+from passes.learning.descent import Loss, descend, shuffled, some_rows, split
+from passes.learning.divergence import of_outputs, own_outputs
+from passes.learning.student import Student, Values, ratio, uses
 
 MAPS = {"rotations": Map.ROTATE, "scales": Map.SCALE}  # in the order that they are applied
 T = TypeVar("T")

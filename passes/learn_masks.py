@@ -18,9 +18,9 @@ from ir.sites import Layer
 from ir.split import rows_of, split_best, splittable
 from ir.weights import stored_bits
 from passes.base import Context, Effect, Pass
-from passes.mask_learning import MaskLearning, by_weight
-from passes.masks import mixed_linear
-from passes.observation import mean_squares
+from passes.data.observation import mean_squares
+from passes.learning.mask_learning import MaskLearning, by_weight
+from passes.learning.masks import mixed_linear
 
 LOSSES = ("divergence", "cross_entropy")
 

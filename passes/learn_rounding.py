@@ -17,12 +17,12 @@ from ir.signature import Signature
 from ir.sites import Layer
 from ir.weights import round_layer, set_codes, unrounded
 from passes.base import Context, Effect, Pass
-from passes.codes import Codes
-from passes.descent import rate_at, shuffled, some_rows
-from passes.divergence import of_outputs, teacher
-from passes.evidence import rounded
-from passes.loops import State
-from passes.sweep import Sweep, room_of
+from passes.data.evidence import rounded
+from passes.data.sweep import Sweep, room_of
+from passes.learning.codes import Codes
+from passes.learning.descent import rate_at, shuffled, some_rows
+from passes.learning.divergence import of_outputs, teacher
+from passes.memo.loops import State
 
 ROOM = 2**28  # bytes of activations of a step that are held at a time of any model
 SHARE = 4  # of a greater one as many as its weights take, over this

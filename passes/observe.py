@@ -11,7 +11,7 @@ from ir.errors import DataError
 from ir.sites import readers
 from ir.statistics import Statistics
 from passes.base import Context, Effect, Pass
-from passes.observation import observed
+from passes.data.observation import observed
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from ir.verify import verify
 from passes import registry
 from passes.base import Context, Effect, Pass, Record
 from passes.calls import parse_calls
-from passes.portions import REMEDY, out_of_memory
+from passes.data.portions import REMEDY, out_of_memory
+from passes.preflight.resources import watched
 from passes.probe import model_outputs, relative_error
-from passes.resources import watched
 from passes.support import refuse_unsupported
 
 # Greatest relative error of the outputs that rounding may cause in a pass that keeps the function, by the narrowest dtype computed in:

@@ -10,16 +10,16 @@ from torch.fx import GraphModule
 
 from ir.errors import CoverageError, DataError, OptionError
 from ir.sites import check_patterns, layers
-from passes import keeping
 from passes.base import Context, Effect, Pass
-from passes.dropping import drop, tell_left
-from passes.kinds import ALL, KINDS, TOGETHER, WHOLE, Units
-from passes.mask_learning import MaskLearning
-from passes.prunable import found_units
-from passes.query_heads import lined_up
-from passes.unit_losses import losses
-from passes.unit_masks import mask_scores
-from passes.unit_scores import CRITERIA
+from passes.learning.mask_learning import MaskLearning
+from passes.pruning import keeping
+from passes.pruning.dropping import drop, tell_left
+from passes.pruning.kinds import ALL, KINDS, TOGETHER, WHOLE, Units
+from passes.pruning.prunable import found_units
+from passes.pruning.query_heads import lined_up
+from passes.pruning.unit_losses import losses
+from passes.pruning.unit_masks import mask_scores
+from passes.pruning.unit_scores import CRITERIA
 
 MASKS, MEASURED = "masks", "measured"  # criteria that are learned, and measured unit by unit
 KNOWN = (*CRITERIA, MASKS, MEASURED)

@@ -15,9 +15,9 @@ from ir.schemes import FLOAT
 from ir.signature import CACHE, CACHE_PARTS, Signature
 from ir.statistics import Statistics
 from passes.base import Context, Effect, Pass
+from passes.budget.cache_widths import check_budget, choose
 from passes.cache_scales import observed, static_code
 from passes.cache_support import clash, refusals
-from passes.cache_widths import check_budget, choose
 
 WIDTHS = (*range(2, 9), FLOAT)
 

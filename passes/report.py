@@ -10,8 +10,8 @@ from rich.table import Table
 from torch.fx import GraphModule
 
 from ir.sites import floats, layers, quantized
-from passes import picture
 from passes.base import Record, Skip
+from passes.page import picture
 from passes.units import KL, NATS
 
 OTHERS = "parameters of operators without a quantized form (norms, biases, tables)"

@@ -9,9 +9,9 @@ from ir.errors import DataError, OptionError
 from ir.rounding import METHODS, Nearest, Rounding
 from ir.weights import followers_of, round_layer, set_codes, unrounded
 from passes.base import Context, Effect, Pass
-from passes.calibration import tokens_in
 from passes.calls import fits
-from passes.evidence import rounded
+from passes.data.calibration import tokens_in
+from passes.data.evidence import rounded
 
 MIN_TOKENS = 128  # fewer tell next to nothing about the inputs of a layer
 OPTIONS = ("damping", "act_order", "search", "sweeps", "groups")  # that belong to methods

@@ -16,8 +16,8 @@ from ir.sites import Layer, chosen, readers
 from ir.statistics import TensorStatistics
 from passes import policies
 from passes.base import Context, Effect, Pass
-from passes.observation import observed, tokens_of, watch
-from passes.packed import TABLE
+from passes.data.observation import observed, tokens_of, watch
+from passes.memo.packed import TABLE
 from passes.policies import Search
 
 PLACES = ("norm", "mlp", "values")

@@ -15,8 +15,8 @@ from ir.schemes import bits_of
 from ir.sites import Layer
 from ir.split import split_best, splittable
 from passes.base import Context, Effect, Pass
-from passes.gradients import output_sensitivity
-from passes.observation import mean_squares
+from passes.data.gradients import output_sensitivity
+from passes.data.observation import mean_squares
 
 CRITERIA = ("loss", "activation")
 

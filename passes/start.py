@@ -14,7 +14,7 @@ from ir.verify import check_weights, verify
 from passes import registry
 from passes.backend import Backend
 from passes.base import Context, Pass
-from passes.calibration import flat_batches
+from passes.data.calibration import flat_batches
 from passes.pipeline import Pipeline
 from passes.ranks import Ranks
 from passes.recipe import Recipe, calibration_fingerprint, versions, weights_fingerprint

@@ -12,9 +12,9 @@ from torch.fx import GraphModule
 from ir import evaluate
 from ir.errors import DataError, OptionError
 from passes.base import Context, Effect, Pass
-from passes.descent import descend, shuffled, some_rows, split
-from passes.divergence import of_outputs, own_outputs, teacher
-from passes.trained import TrainedGain, TrainedWeight, norms, stored_linears, straight_through
+from passes.learning.descent import descend, shuffled, some_rows, split
+from passes.learning.divergence import of_outputs, own_outputs, teacher
+from passes.learning.trained import TrainedGain, TrainedWeight, norms, stored_linears, straight_through
 
 PARTS = ("scales", "zero_points", "gains")
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from passes import catalogue, registry
-from passes.cli import app
+from passes import registry
+from passes.commands import catalogue
+from passes.commands.cli import app
 
 ROOT = Path(__file__).parents[1]
 FRONT, TABLES = "README.md", "docs/reference/passes.md"

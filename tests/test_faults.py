@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 import passes
 from ir.errors import BackendError, DataError
 from passes import registry
-from passes.cli import app
+from passes.commands.cli import app
 from passes.folders import claimed
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +33,7 @@ def wait(tokenizer, folder):  # all other files of the result are written by now
     mark.touch()
     time.sleep(120)
 compiled._save_tokenizer = wait
-from passes.cli import app
+from passes.commands.cli import app
 app()
 """
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import passes
-from passes.memo import Memo
+from passes.memo.folder import Memo
 from passes.progress import Progress
 from tests.families import load
 from tests.passes.samples import CALIBRATION

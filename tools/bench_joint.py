@@ -22,7 +22,7 @@ from ir.errors import OptionError
 from ir.schemes import FLOAT
 from ir.sites import chosen
 from passes.base import Context
-from passes.calibration import flat_batches
+from passes.data.calibration import flat_batches
 from passes.pipeline import Pipeline
 from tools import bench_model
 from tools.bench_model import FULL, excess, report

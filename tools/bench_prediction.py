@@ -16,7 +16,7 @@ from torch import Tensor
 import passes
 from ir import edit
 from ir.sites import layers
-from passes.costs import load as load_costs
+from passes.budget.costs import load as load_costs
 from passes.measure import divergence
 from tools import bench_model
 from tools.bench_bits import LOCAL

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 import passes
 from ir import edit
 from ir.sites import chosen
-from passes.unit_scores import CRITERIA
+from passes.pruning.unit_scores import CRITERIA
 from tools import bench_model
 from tools.bench_model import FULL, excess, report
 

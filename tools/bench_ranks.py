@@ -28,7 +28,7 @@ import passes
 from ir import edit
 from ir.capture import capture
 from ir.sites import layers
-from passes import evidence
+from passes.data import evidence
 from passes.ranks import Ranks
 from tools import bench_model
 

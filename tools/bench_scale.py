@@ -33,7 +33,7 @@ def one(folder: Path, out: Path, pipeline: str, backend: str, dtype: str) -> Non
     import torch  # noqa: PLC0415 (each compile is a process of its own; the parent needs none of this)
 
     import passes  # noqa: PLC0415
-    from passes.loading import load_model  # noqa: PLC0415
+    from passes.commands.loading import load_model  # noqa: PLC0415
     from passes.progress import Progress  # noqa: PLC0415
 
     class Stages(Progress):

@@ -21,7 +21,7 @@ from torch.fx import GraphModule
 from ir import edit, evaluate
 from ir.capture import capture
 from ir.sites import readers
-from passes.calibration import flat_batches, token_windows
+from passes.data.calibration import flat_batches, token_windows
 from passes.measure import perplexity
 from tools.outliers import gated, inputs, plant, plant_tokens
 from tools.scale_learning import RATES, Recipe

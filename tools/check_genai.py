@@ -18,8 +18,8 @@ import transformers
 
 import passes
 from backends.reference import ReferenceExecutable
-from passes.calibration import token_windows
 from passes.compiled import Compiled
+from passes.data.calibration import token_windows
 from passes.measure import greedy
 
 SCHEMES = {

@@ -31,7 +31,7 @@ def one(layers: int, hidden: int, backend: str, bench: Path | None) -> dict[str,
 
     import passes  # noqa: PLC0415
     from ir.capture import capture  # noqa: PLC0415
-    from passes.resources import size_of  # noqa: PLC0415
+    from passes.preflight.resources import size_of  # noqa: PLC0415
 
     torch.manual_seed(0)
     torch.set_num_threads(1)

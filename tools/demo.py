@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 import passes
+from passes.commands.loading import load_model
 from passes.compiled import Compiled
-from passes.loading import load_model
 from passes.measure import greedy
 
 PREFILL, DECODE, TURNS, RUNS = 128, 64, 3, 3

@@ -22,7 +22,7 @@ from ir import edit, evaluate
 from ir.capture import capture
 from ir.errors import DataError
 from ir.sites import readers
-from passes.calibration import flat_batches, token_windows
+from passes.data.calibration import flat_batches, token_windows
 
 aten = torch.ops.aten
 

@@ -11,8 +11,8 @@ from ir.errors import DataError, OptionError
 from ir.files import appearing
 from passes.page import compare, sections
 from passes.page.content import Page
+from passes.page.picture import COLOURS, DARK
 from passes.page.saved import read
-from passes.picture import COLOURS, DARK
 
 FILE = "report.html"
 OURS = '<meta name="generator" content="fxpress">'  # a page that may be replaced has it near its beginning

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from passes import picture
-from passes.grid import grid, place
-from passes.page import charts
+from passes.page import charts, picture
 from passes.page.charts import Bar, Column
 from passes.page.content import Cell, Legend, Panel, Panels, Section, Sheet, brief
+from passes.page.grid import grid, place
 from passes.page.saved import LayerRow, ReadRow, Saved
 
 T = TypeVar("T")

@@ -6,8 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from passes import picture
-from passes.page import charts
+from passes.page import charts, picture
 from passes.page.charts import Series, Square
 from passes.page.content import Figure, Item, Panel, Panels, Row, Section, Sheet, brief
 from passes.page.saved import Saved

@@ -6,7 +6,6 @@ from typing import Any
 from markupsafe import Markup
 
 from ir.encoding import Encoding
-from passes.grid import grid
 from passes.page import charts, layers, searches
 from passes.page.content import (
     Cards,
@@ -25,6 +24,7 @@ from passes.page.content import (
     megabytes,
     percent,
 )
+from passes.page.grid import grid
 from passes.page.saved import Rows, Saved
 from passes.units import KL
 

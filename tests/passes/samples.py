@@ -10,8 +10,8 @@ import passes
 from ir import edit
 from ir.sites import layers
 from passes.base import Context, Record
-from passes.calibration import flat_batches
 from passes.compiled import Compiled
+from passes.data.calibration import flat_batches
 from passes.pipeline import Pipeline
 from tests.families import VOCABULARY, load
 

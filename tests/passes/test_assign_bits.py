@@ -3,8 +3,8 @@ import pytest
 from ir.errors import CoverageError, DataError, OptionError
 from ir.sites import layers
 from ir.weights import stored_bits
-from passes import picture
 from passes.assign_bits import AssignBits
+from passes.page import picture
 from passes.report import coverage
 from tests.families import load
 from tests.passes.samples import CALIBRATION, context, run

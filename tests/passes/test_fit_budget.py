@@ -5,8 +5,8 @@ import passes
 from ir.errors import DataError, OptionError
 from ir.sites import layers
 from ir.weights import stored_bits
-from passes import picture
 from passes.fit_budget import FitBudget
+from passes.page import picture
 from passes.probe import relative_error
 from tests.families import load
 from tests.passes.samples import CALIBRATION, run, tokens

@@ -13,8 +13,8 @@ from ir.capture import capture
 from ir.errors import DataError
 from ir.store import Store, store_of
 from ir.text import graph_text
-from passes import prefix
-from passes.loading import load_model
+from passes.commands.loading import load_model
+from passes.data import prefix
 from tests.families import build, distinct_first
 
 TINY = Path("fixtures/tiny-llama")

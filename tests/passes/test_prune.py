@@ -9,7 +9,7 @@ from passes.measure import divergence
 from passes.pipeline import Pipeline
 from passes.probe import relative_error
 from passes.prune import Prune
-from passes.unit_scores import CRITERIA
+from passes.pruning.unit_scores import CRITERIA
 from tests.families import load
 from tests.passes.samples import CALIBRATION, Mlp, compiled, run, same_weights, tokens, vectors
 

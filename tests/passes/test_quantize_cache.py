@@ -10,8 +10,8 @@ from ir.capture import capture
 from ir.errors import CoverageError, DataError, OptionError
 from ir.match import find
 from ir.ops import CHOOSE_QPARAMS, DEQUANTIZE, PACK, UNPACK
-from passes import picture
 from passes.measure import greedy
+from passes.page import picture
 from passes.probe import relative_error
 from passes.quantize_cache import QuantizeCache
 from tests.families import FAMILIES, LAYERS, load

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from ir.errors import OptionError
-from passes.cli import app
+from passes.commands.cli import app
 from passes.ranks import LANES, Ranks
 from tests.passes.ranked import CASES, outcome
 

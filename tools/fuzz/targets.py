@@ -21,9 +21,10 @@ from ir.errors import FxpressError
 from ir.signature import Port, Signature
 from ir.sites import Mark
 from ir.statistics import Statistics
-from passes import costs, page
-from passes.latency import LatencyTable
-from passes.loading import load_model, load_tokenizer
+from passes import page
+from passes.budget import costs
+from passes.budget.latency import LatencyTable
+from passes.commands.loading import load_model, load_tokenizer
 from passes.recipe import Recipe
 from tools.fuzz.mutate import Case, mutated
 

@@ -6,7 +6,7 @@ import torch
 import transformers
 
 import passes
-from passes.calibration import token_windows
+from passes.data.calibration import token_windows
 from passes.measure import greedy
 from tests.families import FAMILIES
 from tools.check_genai import generate

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import passes
 from backends.reference import ReferenceExecutable
-from passes.cli import app
+from passes.commands.cli import app
 from passes.compiled import Compiled
 from passes.measure import greedy
 from tools.check_genai import generate

@@ -1,0 +1,1 @@
+"""Choices under one budget: what each costs, which is best, and what measuring it says."""

@@ -1,0 +1,1 @@
+"""What is learned by gradient: its losses, its loops, and what stands for codes and masks meanwhile."""

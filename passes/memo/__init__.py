@@ -1,0 +1,1 @@
+"""What a compile has computed is kept, and found again."""

@@ -1,0 +1,1 @@
+"""Before long work: what it will take, and whether there is room."""

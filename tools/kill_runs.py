@@ -22,8 +22,8 @@ import transformers
 import passes
 from ir.capture import capture
 from passes.data import evidence, stream
+from passes.memo import results as resuming
 from passes.memo.folder import Memo
-from passes.memo.folder import results as resuming
 
 LAYERS, HIDDEN, VOCABULARY, WINDOW = 12, 128, 512, 128
 PIPELINES = {  # what is killed how often; kills of the first count as the twenty

@@ -7,8 +7,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from passes.memo import folder as memo
 from passes.memo.folder import Memo
-from passes.memo.folder import folder as memo
 
 KEYS = [f"{index:064x}" for index in range(8)]
 TENSORS = {"codes": torch.arange(12, dtype=torch.uint8).reshape(3, 4), "scale": torch.rand(3, 1).half(), "none": torch.zeros(0)}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ir.memory import give_back
-from passes.preflight.plan import resources
+from passes.preflight import resources
 from passes.preflight.resources import existing, free_disk, free_memory, memory, size_of, watched
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")

@@ -2,8 +2,8 @@ import pytest
 
 from ir.errors import DataError
 from passes.base import Context
+from passes.preflight import room
 from passes.preflight.estimates import Estimate, Step
-from passes.preflight.plan import room
 from passes.preflight.resources import Memory
 from passes.preflight.room import check_room
 

@@ -10,7 +10,8 @@ from ir.errors import DataError
 from ir.sites import layers
 from passes.data.observation import observed
 from passes.data.portions import Portions, out_of_memory
-from passes.data.prefix import Prefix, still_inputs
+from passes.data.prefix import Prefix
+from passes.data.still import still_inputs
 from tests.families import distinct_first, load
 from tests.passes.samples import CALIBRATION, run, tokens
 

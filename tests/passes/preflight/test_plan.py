@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tests.passes.test_part import DEPTH, deep
 from typer.testing import CliRunner
 
 import passes
@@ -15,6 +14,7 @@ from passes import registry
 from passes.commands.cli import app
 from passes.preflight.plan import LARGE, wanted, weight_bytes
 from passes.preflight.resources import size_of
+from tests.passes.preflight.test_part import DEPTH, deep
 from tests.passes.samples import tokens
 
 BATCHES = [tokens(seed=seed) for seed in range(5)]

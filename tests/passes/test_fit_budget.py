@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -5,6 +7,7 @@ import passes
 from ir.errors import DataError, OptionError
 from ir.sites import layers
 from ir.weights import stored_bits
+from passes.budget.latency import FORMAT
 from passes.fit_budget import FitBudget
 from passes.page import picture
 from passes.probe import relative_error
@@ -71,6 +74,27 @@ def test_the_choice_that_measures_least_is_taken():
     assert [row["weights kept"] for row in rates] == sorted(row["weights kept"] for row in rates)
     again, other = fitted(FIT.format(0.1, 60))
     assert forms(again) == forms(gm) and other.tables == ctx.tables
+
+
+def test_a_budget_in_bytes_counts_the_whole_model():
+    text = f"{MARKED}, fit_budget(bytes=72_000, {SHARES}, {QUICK}, measure=0), {NEAREST}"
+    made = passes.compile(load("llama").captured, text, CALIBRATION)
+    coverage = made.report().coverage
+    assert coverage.elements < WEIGHTS
+    assert 0.99 * 72_000 <= coverage.stored <= 72_000
+
+
+def test_a_budget_in_milliseconds_drops_units(tmp_path):
+    sizes, times = range(8, 200, 8), {2: 1.0, 4: 2.0, 8: 4.0}
+    rows = [[n, k, "", f"u{width}[1,-1]", n * k * time / 4096] for n in sizes for k in sizes for width, time in times.items()]
+    path = tmp_path / "latencies.json"
+    path.write_text(json.dumps({"format": FORMAT, "backend": "reference", "milliseconds": rows}))
+    options = f"latency=9.0, latencies={str(path)!r}, {SHARES}, widths=(2, 4, 8), groups=(-1,), rounding='nearest', tokens=64, measure=0"
+    made = passes.compile(load("llama").captured, f"{MARKED}, fit_budget({options}), {NEAREST}", CALIBRATION)
+    chosen = forms(made.graph)
+    taken = sum(n * k * times[int(mark[1 + mark.index("u")])] / 4096 for mark, (n, k) in chosen.values())
+    assert made.report().coverage.elements < WEIGHTS  # two bits everywhere take longer
+    assert 0.97 * 9.0 <= taken <= 9.0
 
 
 def test_kept_shares_are_shown_beside_widths():

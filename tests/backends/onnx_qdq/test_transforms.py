@@ -48,7 +48,7 @@ def test_mixed_widths_are_exact(pipeline):
     ],
 )
 def test_quantized_transforms_follow_the_oracle(pipeline):
-    # A difference of 1e-7 can move a value to the next code, of 4 bits a fifteenth of its range: then a row differs by more, and those after it.
+    # A difference of 1e-7 can move a value to the next code, in 4 bits a fifteenth of the range: then rows from here on differ by more.
     found = errors("llama", pipeline)
     assert found.quantile(0.5) < 1e-4
     assert found.mean() < 0.01

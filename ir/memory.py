@@ -3,9 +3,13 @@
 import ctypes
 import gc
 import sys
+import time
 
 MMAP_THRESHOLD = -3  # mallopt's number of it
 LARGE = 1 << 18  # bytes
+SHARE = 0.02  # of the time is spent on giving back, at most
+
+_due = [0.0]  # the moment from which it is time again
 
 
 def map_large() -> None:
@@ -22,9 +26,15 @@ def map_large() -> None:
 def give_back() -> None:
     """Let the C library return the pages that nothing is on; glibc keeps them, and tensors of growing sizes leave many. Elsewhere nothing.
 
-    Takes milliseconds: for the end of long work, not for loops over small tensors.
+    Graphs die in cycles, and to find these takes tenths of a second. So calls soon after one another do nothing: work that takes long is
+    followed by a look, and many short compiles do not wait for it.
     """
+    began = time.perf_counter()
+    if began < _due[0]:
+        return
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+    now = time.perf_counter()
+    _due[0] = now + (now - began) / SHARE

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ir import memory
 from ir.memory import give_back
 
 
@@ -13,14 +14,28 @@ def resident():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems keep their own counsel")
-def test_what_is_freed_between_what_is_held_goes_back():
+def test_what_is_freed_between_what_is_held_goes_back(monkeypatch):
     parts = [torch.ones(16 << 10) for _ in range(1000)]  # 64 MB, in pieces that the C library takes from its heap
     held = parts[::10]
     full = resident()
     del parts
+    monkeypatch.setattr(memory, "_due", [0.0])
     give_back()
     assert resident() < full - 30e6
     assert all(float(part.sum()) == 16 << 10 for part in held)
+
+
+def test_calls_soon_after_one_another_do_nothing(monkeypatch):
+    looks = []
+    monkeypatch.setattr(memory.gc, "collect", lambda: looks.append(None))
+    monkeypatch.setattr(memory, "_due", [0.0])
+    monkeypatch.setattr(memory, "SHARE", 1e-6)
+    for _ in range(5):
+        give_back()
+    assert len(looks) == 1
+    monkeypatch.setattr(memory, "_due", [0.0])
+    give_back()
+    assert len(looks) == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems keep their own counsel")

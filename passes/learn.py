@@ -12,11 +12,11 @@ from torch.fx import GraphModule, Node
 from ir import edit, evaluate, hadamard, maps
 from ir.blocks import Block, blocks
 from ir.channels import ChannelGroup, Map, channel_groups
-from ir.errors import DataError, OptionError
+from ir.errors import OptionError
 from ir.online import online_inputs
 from ir.sites import chosen, layers, readers
 from passes.base import Context, Effect, Pass
-from passes.learning.descent import Loss, descend, shuffled, some_rows, split
+from passes.learning.descent import Loss, descend, needs_two, shuffled, some_rows, split
 from passes.learning.divergence import of_outputs, own_outputs
 from passes.learning.student import Student, Values, ratio, uses
 
@@ -85,10 +85,7 @@ class Learn(Pass):
 
     def needs(self, ctx: Context) -> None:
         """Batches to learn from, and one to hold out."""
-        if len(ctx.calibration) < 2:
-            raise DataError(
-                f"learn needs two batches of calibration data, not {len(ctx.calibration)}", remedy="split the data in more batches"
-            )
+        needs_two(ctx, self.name())
 
     def requires(self, gm: GraphModule, ctx: Context) -> None:
         """Annotations."""

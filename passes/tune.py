@@ -10,9 +10,9 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ir import evaluate
-from ir.errors import DataError, OptionError
+from ir.errors import OptionError
 from passes.base import Context, Effect, Pass
-from passes.learning.descent import descend, shuffled, some_rows, split
+from passes.learning.descent import descend, needs_two, shuffled, some_rows, split
 from passes.learning.divergence import of_outputs, own_outputs, teacher
 from passes.learning.trained import TrainedGain, TrainedWeight, norms, stored_linears, straight_through
 
@@ -39,7 +39,7 @@ class Tune(Pass):
         seed: of the order of samples.
 
     Raises:
-        DataError: no calibration data.
+        DataError: fewer than two batches of calibration data.
         OptionError: nothing rounded to train around.
     """
 
@@ -56,9 +56,8 @@ class Tune(Pass):
             raise OptionError("steps and rows are at least 1, the rate is positive", where=str(self))
 
     def needs(self, ctx: Context) -> None:
-        """Calibration data."""
-        if not ctx.calibration:
-            raise DataError("tune needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
+        """Batches to learn from, and one to hold out."""
+        needs_two(ctx, self.name())
 
     def requires(self, gm: GraphModule, ctx: Context) -> None:
         """Rounded weights, and inputs as the model had them."""

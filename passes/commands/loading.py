@@ -133,8 +133,9 @@ def read_texts(paths: Sequence[Path]) -> str:
 
 
 def calibration_batches(text: str, tokenizer: Any, samples: int, window: int, seed: int, batch: int = 8) -> list[Tensor]:
-    """`samples` windows drawn with `seed`, as token tensors `[batch, window]`."""
-    return list(torch.split(token_windows(text, tokenizer, window, samples, seed), batch))
+    """`samples` windows drawn with `seed`, as token tensors `[batch, window]`, two at least: passes that learn hold one out."""
+    windows = token_windows(text, tokenizer, window, samples, seed)
+    return list(torch.split(windows, min(batch, -(-len(windows) // 2))))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ir.errors import DataError
+from passes.base import Context
 from passes.data.calibration import take_rows
 from passes.memo.loops import State
 
@@ -20,6 +22,13 @@ def split(items: Sequence[T]) -> tuple[list[T], list[T]]:
     """What is learned from, and every eighth item, or the last of fewer, which is held out."""
     places = set(range(7, len(items), 8)) or {len(items) - 1}
     return [item for place, item in enumerate(items) if place not in places], [items[place] for place in sorted(places)]
+
+
+def needs_two(ctx: Context, name: str) -> None:
+    """Refuse calibration data in fewer than two batches: one to learn from, one to hold out."""
+    if len(ctx.calibration) < 2:
+        problem = f"{name} needs two batches of calibration data, not {len(ctx.calibration)}"
+        raise DataError(problem, remedy="pass calibration=[{'input_ids': ids}, ...], and split the data in more batches")
 
 
 def shuffled(items: Sequence[T], seed: int) -> Iterator[tuple[T, torch.Generator]]:

@@ -67,6 +67,8 @@ def test_the_same_seed_trains_the_same():
 def test_it_refuses_what_it_cannot_do():
     with pytest.raises(DataError, match="calibration"):
         run(load("llama").graph(), "canonicalize, annotate, quantize, tune")
+    with pytest.raises(DataError, match="two batches"):
+        run(load("llama").graph(), f"{W2}, tune", CALIBRATION[:1])
     with pytest.raises(OptionError, match="round_weights"):
         run(load("llama").graph(), "canonicalize, annotate, tune", CALIBRATION)
     with pytest.raises(OptionError, match="quantize_cache"):

@@ -11,8 +11,9 @@ from torch.fx import GraphModule
 from ir.errors import DataError, OptionError
 from ir.sites import Layer, check_patterns, layers
 from passes.base import Context, Effect
-from passes.budget.allocation import Allocation
+from passes.budget.allocation import Allocation, Problem
 from passes.budget.budgeted import Budgeted
+from passes.budget.costs import Costs, raised
 from passes.budget.forms import Cuts, Forms, Site
 from passes.budget.linked import Linked, cuts_of, link
 from passes.budget.trial import Trial
@@ -24,7 +25,7 @@ from passes.pruning.kinds import KINDS, Units
 from passes.pruning.prunable import found_units
 from passes.pruning.unit_scores import CRITERIA
 
-RATES = (1.0, 2.0, 4.0, 16.0, 256.0)  # that are tried: the last drops only what the budget does not allow at any width
+RATES = (1.0, 2.0, 4.0, 16.0, 256.0)  # of plans: the last drops only what the budget does not allow at any width
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ class FitBudget(Budgeted):
     (as of `prune`) and then rounded; for those that lose rows the sum over rows that stay. A criterion of `prune` says in which order units
     go. Linears that units run through are one site of the knapsack; of their options those are kept that no other beats in cost and size.
 
-    Dropping much is no small change, and its loss is predicted too low. So its part of the cost is multiplied by rates, 1, 2, 4, 16 and
-    256; each is solved for, all are measured on tokens held out (the KL of the model from itself), and the one that measures least is
-    taken. They are measured as rounded by `rounding`; or, if `finish` names the passes that are to follow, each tried out on a copy,
-    after these passes. For learned rounding wins back more of what rounding costs than of what dropping does. Then what was chosen
-    is dropped as by `prune`: refitted block after block, and cut.
+    Dropping much is no small change: its loss is predicted too low, and unevenly. So several plans are made: with its part of the cost
+    multiplied by rates, 1, 2, 4, 16 and 256; and with one share of all units, for each share. All are measured on tokens held out (the
+    KL of the model from itself), and the one that measures least is taken. They are measured as rounded by `rounding`; or, if
+    `finish` names the passes that are to follow, each tried out on a copy, after these passes. For learned rounding wins back more of what
+    rounding costs than of what dropping does. Then what was chosen is dropped as by `prune`: refitted block after block, and cut.
 
     Limits: 1. those of `assign_bits` and `prune`; 2. which units stay is decided before widths are; 3. units stay whose linears are not all
     annotated, or would link so many sites that they could shrink in more than 64 ways; the report says which.
@@ -57,7 +58,7 @@ class FitBudget(Budgeted):
         bits: budget: bits for each weight that there is before units are dropped, with scales and zero points.
         memory: budget in place of `bits`: bits over 16, the share that is left of the size in FP16.
         bytes, latency, latencies, widths, groups, fused, loss, rounding, tokens, file, corrections, seed: as of `assign_bits`.
-        measure: tokens held out to measure rates on, as of `assign_bits`; 0 measures nothing and takes the predictions as they are.
+        measure: tokens held out to measure plans on, as of `assign_bits`; 0 measures nothing and takes the predictions as they are.
         finish: pipeline text of what is to follow, `"learn_rounding(steps=25)"`, for trying choices out; "" for none.
         shares: of units to choose among that stay; of heads to the nearest whole one, and always at least one unit. One share alone is
             kept of all.
@@ -183,9 +184,20 @@ class FitBudget(Budgeted):
         """What stays at each count."""
         return cuts_of(linked, self.damping)
 
-    def rates(self) -> tuple[float, ...]:
-        """Several, if they are measured and anything may be chosen."""
-        return RATES if self.measure and self.smaller and len(self.shares) > 1 else (1.0,)
+    def plans(self, gm: GraphModule, ctx: Context, linked: Sequence[Linked], predicted: Costs) -> dict[str, Problem]:
+        """One for each rate, and one for each share alone that the budget has room for; if they are measured and anything may be chosen."""
+        if not (self.measure and self.smaller and len(self.shares) > 1):
+            return super().plans(gm, ctx, linked, predicted)
+        found = {f"rate {rate:g}": self.problem(gm, ctx, linked, raised(predicted, rate)) for rate in RATES}
+        for share in self.shares:
+            alike = self.problem(gm, ctx, [self._at(own, share) for own in linked], predicted)
+            if alike.least <= alike.budget:
+                found[f"{share:.0%} of all units"] = alike
+        return found
+
+    def _at(self, own: Linked, share: float) -> Linked:
+        """With one share of its units alone."""
+        return replace(own, counts=tuple(keeping.at_shares(units, (share,), self.multiple) for units in own.units))
 
     def made(self) -> dict[str, Any]:
         """The options that predictions depend on."""

@@ -69,7 +69,7 @@ class Bench:
                 lines.append(f"| {name} | {budget} | | | | none: {error.remedy.split(',')[0]} | |")
             else:
                 lines.append(self.row(name, made, whole))
-                for tried in made.report().tables.get("rates", []):
+                for tried in made.report().tables.get("plans", []):
                     print(tried, flush=True)
             print(lines[-1], flush=True)
         return lines

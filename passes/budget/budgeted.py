@@ -18,7 +18,7 @@ from ir.weights import unrounded
 from passes.base import Context, Pass
 from passes.budget import correction, costs, findings
 from passes.budget.allocation import Allocation, Problem, formed, refusal, weights_in
-from passes.budget.costs import Costs, raised
+from passes.budget.costs import Costs
 from passes.budget.forms import WHOLE, Cuts, Form, Forms, Site
 from passes.budget.latency import LatencyTable, kind
 from passes.budget.linked import Linked, Shapes, link, options
@@ -99,7 +99,7 @@ class Budgeted(Pass):
         rounded = next((layer.path for site in sites for layer in site if layer.input_rounded), None)
         if rounded is not None and any(isinstance(width, str) for width in self.widths):
             raise OptionError("the input is rounded already", where=rounded, remedy=f"put {self.name()} before quantize")
-        problem = self._problem(gm, ctx, self.linked(gm, ctx, sites, scored=False), defaultdict(float))
+        problem = self.problem(gm, ctx, self.linked(gm, ctx, sites, scored=False), defaultdict(float))
         if problem.least > problem.budget:
             remedy = f"the least budget is {self._nearest(gm, problem)}, or give smaller widths"
             raise OptionError(f"no choice fits into {self}", remedy=remedy)
@@ -127,28 +127,28 @@ class Budgeted(Pass):
         """Which rows and columns smaller forms keep."""
         return WHOLE
 
-    def rates(self) -> tuple[float, ...]:
-        """What the predicted cost of dropping units is multiplied by, to be tried: see `fit_budget`."""
-        return (1.0,)
+    def plans(self, gm: GraphModule, ctx: Context, linked: Sequence[Linked], predicted: Costs) -> dict[str, Problem]:
+        """By name the problems whose solutions are tried: see `fit_budget`."""
+        return {"": self.problem(gm, ctx, linked, predicted)}
 
     def decide(self, gm: GraphModule, ctx: Context, linked: Sequence[Linked]) -> Allocation:
         """Predict, choose, and perhaps measure and choose again."""
         known, held = hold_out(ctx, self.measure, self.seed)
         cuts = self.cuts(linked)
         predicted = self._costs(gm, known, self._wanted(ctx, linked), cuts)
-        tried = {rate: self._problem(gm, ctx, linked, raised(predicted, rate)) for rate in self.rates()}
-        problem = next(iter(tried.values()))
+        plans = self.plans(gm, ctx, linked, predicted)
+        problem = next(iter(plans.values()))
         if not self.measure:
             made = problem.solve()
             findings.tell(ctx, made, UNITS[self.loss], self.name())
             return made
         trial = Trial(gm, known, held, ROUNDINGS[self.rounding], cuts)
-        if len(tried) > 1:
-            made_by = {rate: problem.solve() for rate, problem in tried.items()}
-            divergences = self.measured(gm, trial, linked, list(made_by.values()))
+        if len(plans) > 1:
+            tried = {plan: problem.solve() for plan, problem in plans.items()}
+            divergences = self.measured(gm, trial, linked, list(tried.values()))
             least = min(range(len(tried)), key=lambda index: divergences[index])
-            problem = list(tried.values())[least]
-            findings.tell_rates(ctx, made_by, divergences, least, UNITS[self.loss])
+            problem = list(plans.values())[least]
+            findings.tell_plans(ctx, tried, divergences, least, UNITS[self.loss])
         looks = correction.corrected(problem, trial, self.corrections)
         taken = correction.best(looks)
         findings.tell(ctx, taken.allocation, UNITS[self.loss], self.name())
@@ -191,7 +191,7 @@ class Budgeted(Pass):
                             found.setdefault(layer, {})[form] = None
         return {layer: list(forms) for layer, forms in found.items()}
 
-    def _problem(self, gm: GraphModule, ctx: Context, linked: Sequence[Linked], known: Costs) -> Problem:
+    def problem(self, gm: GraphModule, ctx: Context, linked: Sequence[Linked], known: Costs) -> Problem:
         """The options, with their costs; latencies are measured if their file is not there yet."""
         bare = Problem([own.layers for own in linked], [], known, *self._budget(gm, ctx, linked))
         found = []

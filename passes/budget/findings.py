@@ -63,18 +63,18 @@ def tell_measures(ctx: Context, looks: Sequence[Look], pairs: Sequence[Pair], un
         ctx.notes.append(f"{by}: no corrected choice measured less")
 
 
-def tell_rates(ctx: Context, made: Mapping[float, Allocation], divergences: Sequence[float], least: int, unit: str) -> None:
-    """The rates that were tried, in the table `rates`: how much each keeps, and what it was measured at."""
-    ctx.tables["rates"] = [
+def tell_plans(ctx: Context, made: Mapping[str, Allocation], divergences: Sequence[float], least: int, unit: str) -> None:
+    """The plans that were tried, in the table `plans`: how much each keeps, and what it was measured at."""
+    ctx.tables["plans"] = [
         {
-            "rate": rate,
+            "plan": plan,
             "weights kept": sum(map(weights_left, one.problem.sites, one.taken)) / one.problem.weights,
             "bits": one.bits,
-            f"predicted at the rate, {unit}": one.cost,
+            f"predicted by the plan, {unit}": one.cost,
             f"measured, {NATS}": divergence,
             "taken": "yes" if index == least else "",
         }
-        for index, ((rate, one), divergence) in enumerate(zip(made.items(), divergences, strict=True))
+        for index, ((plan, one), divergence) in enumerate(zip(made.items(), divergences, strict=True))
     ]
 
 

@@ -66,12 +66,14 @@ def test_both_together_cost_no_more_than_either():
 
 def test_the_choice_that_measures_least_is_taken():
     gm, ctx = fitted(FIT.format(0.1, 60))
-    rates = ctx.tables["rates"]
-    (taken,) = [row for row in rates if row["taken"]]
-    assert len(rates) == 5 and taken["measured, nats a token"] == min(row["measured, nats a token"] for row in rates)
+    plans = ctx.tables["plans"]
+    (taken,) = [row for row in plans if row["taken"]]
+    assert [row["plan"] for row in plans[:5]] == ["rate 1", "rate 2", "rate 4", "rate 16", "rate 256"]
+    assert [row["plan"] for row in plans[5:]] == [f"{share}% of all units" for share in (100, 75, 50, 25)]
+    assert taken["measured, nats a token"] == min(row["measured, nats a token"] for row in plans)
     assert used(gm) / WEIGHTS == pytest.approx(taken["bits"])
     assert ctx.tables["choices"][0]["measured, nats a token"] == pytest.approx(taken["measured, nats a token"])
-    assert [row["weights kept"] for row in rates] == sorted(row["weights kept"] for row in rates)
+    assert [row["weights kept"] for row in plans[:5]] == sorted(row["weights kept"] for row in plans[:5])
     again, other = fitted(FIT.format(0.1, 60))
     assert forms(again) == forms(gm) and other.tables == ctx.tables
 
@@ -95,6 +97,12 @@ def test_a_budget_in_milliseconds_drops_units(tmp_path):
     taken = sum(n * k * times[int(mark[1 + mark.index("u")])] / 4096 for mark, (n, k) in chosen.values())
     assert made.report().coverage.elements < WEIGHTS  # two bits everywhere take longer
     assert 0.97 * 9.0 <= taken <= 9.0
+
+
+def test_shares_that_the_budget_has_no_room_for_are_no_plans():
+    _, ctx = fitted(FIT.format(0.05, 60))
+    tried = [row["plan"] for row in ctx.tables["plans"][5:]]
+    assert "100% of all units" not in tried and tried[-1] == "25% of all units"
 
 
 def test_kept_shares_are_shown_beside_widths():
@@ -154,13 +162,13 @@ def test_it_refuses_what_it_cannot_do():
 def test_choices_are_measured_after_what_follows():
     finish = "round_weights(method='nearest')"
     gm, ctx = fitted(f"{FIT.format(0.1, 60)[:-1]}, finish={finish!r})")
-    rates = ctx.tables["rates"]
-    assert len({row["measured, nats a token"] for row in rates}) == len({row["weights kept"] for row in rates}) > 1
-    (taken,) = [row for row in rates if row["taken"]]
-    assert taken["measured, nats a token"] == min(row["measured, nats a token"] for row in rates)
+    plans = ctx.tables["plans"]
+    assert len({row["measured, nats a token"] for row in plans}) > 1
+    (taken,) = [row for row in plans if row["taken"]]
+    assert taken["measured, nats a token"] == min(row["measured, nats a token"] for row in plans)
     assert used(gm) / WEIGHTS == pytest.approx(taken["bits"])
-    alone = fitted(FIT.format(0.1, 60))[1].tables["rates"]  # rounded to nearest too, but not refitted block after block
-    for row, other in zip(rates, alone, strict=True):
+    alone = fitted(FIT.format(0.1, 60))[1].tables["plans"]  # rounded to nearest too, but not refitted block after block
+    for row, other in zip(plans, alone, strict=True):
         assert 0.5 < row["measured, nats a token"] / other["measured, nats a token"] < 2
     with pytest.raises(OptionError, match="is measured"):
         FitBudget(finish=finish, measure=0)

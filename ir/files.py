@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from ir.errors import DataError
 
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half a character, unless its other half follows: such text cannot be written
 LONGEST_TEXT = 1 << 26  # bytes: the graph of a hundred layers has a few million, and plain data takes 20 times as much in memory
 
 
@@ -73,6 +75,10 @@ def read_json(path: Path) -> Any:
         DataError: the file cannot be read, or is no JSON.
     """
     try:
-        return json.loads(read_text(path))
+        text = read_text(path)
+        data = json.loads(text)
+        if SURROGATE.search(text):
+            json.dumps(data, ensure_ascii=False).encode()
+        return data
     except (ValueError, RecursionError) as error:
         raise DataError(f"it is no JSON: {error}", where=str(path)) from error

@@ -244,9 +244,9 @@ def test_a_damaged_onnx_model_is_refused(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_backend_that_fails_its_gate_writes_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from backends.onnx_qdq import lower
+    from backends.onnx_qdq import proof
 
-    monkeypatch.setattr(lower, "difference", lambda ours, oracle: 0.7)
+    monkeypatch.setattr(proof, "difference", lambda ours, oracle: 0.7)
     result = compile_to(model, tmp_path / "out", "onnx")
     assert result.exit_code == 1 and "7.0e-01" in result.stderr and "remedy" in result.stderr
     assert not (tmp_path / "out").exists() and not leftovers(tmp_path / "out")

@@ -28,9 +28,20 @@ if TYPE_CHECKING:
 
 def lower(backend: "OnnxQdq", gm: GraphModule, probe: Sequence[Tensor], notes: list[str]) -> OnnxExecutable:
     """See `OnnxQdq.lower`."""
-    signature: Signature = gm.meta["signature"]
     store = gm.meta.get(STORE)
     folder = tempfile.TemporaryDirectory(prefix="fxpress-onnx-", dir=None if store is None else store.folder)
+    try:
+        return _lower_into(folder, backend, gm, probe, notes)
+    except BaseException:
+        folder.cleanup()  # whoever holds the traceback would hold the folder
+        raise
+
+
+def _lower_into(
+    folder: "tempfile.TemporaryDirectory[str]", backend: "OnnxQdq", gm: GraphModule, probe: Sequence[Tensor], notes: list[str]
+) -> OnnxExecutable:
+    signature: Signature = gm.meta["signature"]
+    store = gm.meta.get(STORE)
     found = parts(gm)
     cuts = seams(found)
     model, sites, names = export(gm, Options(getattr(torch, backend.dtype), backend.signed_weights), backend.opset, notes, probe, cuts)

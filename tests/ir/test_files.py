@@ -65,8 +65,13 @@ def test_text_is_read_up_to_a_limit_and_of_files_alone(tmp_path):
         read_text(Path("/dev/zero"))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "1" * 5000])
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "1" * 5000, r'["half \ud83d a character"]'])
 def test_what_is_no_json_is_refused(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DataError, match="no JSON"):
         read_json(tmp_path / "a.json")
+
+
+def test_characters_in_two_halves_are_read(tmp_path):
+    (tmp_path / "a.json").write_text(r'["\ud83d\ude00", "ends in a backslash: \\ud83d"]')
+    assert read_json(tmp_path / "a.json") == ["\U0001f600", r"ends in a backslash: \ud83d"]

@@ -14,7 +14,7 @@ from ir.errors import DataError
 from ir.store import Store, store_of
 from ir.text import graph_text
 from passes.commands.loading import load_model
-from passes.data import prefix
+from passes.data import stream
 from tests.families import build, distinct_first
 
 TINY = Path("fixtures/tiny-llama")
@@ -127,7 +127,7 @@ def compiled(model, pipeline, folder):
 )
 def test_a_compile_on_disk_gives_the_same_bits(tmp_path, monkeypatch, pipeline):
     """Every tensor on disk, pages released at every step, streams of calibration on disk too, against everything in memory."""
-    for module, name, value in ((store, "SMALL", 64), (store, "HANDED_OUT", 1 << 19), (prefix, "HANDED_OUT", 1)):
+    for module, name, value in ((store, "SMALL", 64), (store, "HANDED_OUT", 1 << 19), (stream, "HANDED_OUT", 1)):
         monkeypatch.setattr(module, name, value)
     source = shutil.copytree(TINY, tmp_path / "source")
     model = load_model(source)

@@ -117,7 +117,8 @@ def onnx_change(content: bytes, draw: random.Random) -> bytes:
     if kind == 0 and model.metadata_props:
         entry = draw.choice(list(model.metadata_props))
         with contextlib.suppress(UnicodeError):
-            entry.value = json_change(entry.value.encode(), draw).decode("utf-8", "replace")
+            value = entry.value if isinstance(entry.value, bytes) else entry.value.encode()  # text that is no UTF-8 comes as bytes
+            entry.value = json_change(value, draw).decode("utf-8", "replace")
     elif kind == 1 and model.graph.initializer:
         tensor = draw.choice(list(model.graph.initializer))
         tensor.dims[:] = [draw.choice((-1, 0, 1, 2**40, 2**62)) for _ in range(draw.randrange(4))]

@@ -11,6 +11,7 @@ import random
 import signal
 import tempfile
 import time
+import traceback
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +70,8 @@ def one(folder: Path, pipeline: str, model: Any, data: Any) -> None:
             say(f"end {doing} {step}")
 
     resuming.Results.steps = steps  # type: ignore[method-assign, assignment]
-    evidence._round = told(evidence._round, lambda group, rounding: f"round {group.layers[0].path}")
-    stream.Stream.enter = told(stream.Stream.enter, lambda self, block, data: f"run {block.exit[0].name}")  # type: ignore[method-assign]
+    evidence._round = told(evidence._round, lambda ctx, group, *given: f"round {group.layers[0].path}")
+    stream.Stream.enter = told(stream.Stream.enter, lambda self, block, *given: f"run {block.exit[0].name}")  # type: ignore[method-assign]
     passes.compile(model, pipeline, data, cache=Memo(folder / "cache", seconds=SECONDS)).save(folder / "out", overwrite=True)
 
 
@@ -82,6 +83,8 @@ def start(folder: Path, pipeline: str, given: Any) -> int:
         try:
             one(folder, pipeline, *given)
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     return process

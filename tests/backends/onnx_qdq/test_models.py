@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import passes
-from backends.onnx_qdq import OnnxQdq
-from backends.onnx_qdq import lower as lowering
+from backends.onnx_qdq import OnnxQdq, proof
 from backends.onnx_qdq.forms import INTEGER
 from backends.onnx_qdq.legalize import Options, legalize
 from backends.onnx_qdq.session import Executed, require_fused
@@ -151,7 +150,7 @@ def test_the_graph_that_is_lowered_stays_as_it_was():
 
 
 def test_outputs_beyond_the_tolerance_are_an_error(monkeypatch):
-    monkeypatch.setattr(lowering, "run_flat", lambda session, inputs: [inputs[0][..., :64] * 0])
+    monkeypatch.setattr(proof, "run_flat", lambda session, inputs: [inputs[0][..., :64] * 0])
     with pytest.raises(BackendError, match="differ from the graph's"):
         OnnxQdq(threads=1).lower(branches({"a": ("i4[1,32]", None)}), [torch.randn(2, 5, 96)], [])
 

@@ -274,7 +274,7 @@ def test_code_that_comes_with_a_model_is_not_run(model: Path, tmp_path: Path) ->
 
 
 def test_help_does_not_import_torch() -> None:
-    code = "import sys, passes.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    code = "import sys, passes.commands.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

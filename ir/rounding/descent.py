@@ -26,16 +26,14 @@ def descend(
     g = draft.group
     V_hat = numerics.dequantize(codes, qparams, grid.encoding).T.contiguous()
     for _ in range(sweeps):
-        P = H @ (W.T - V_hat)  # −½ gradient, [K, N]
+        P = H @ (W.T - V_hat)  # −½ gradient, [K, N]; kept right only where it is read again
         for start in range(0, len(H), g):
             span = slice(start, start + g)
             group, old = (V_hat[span], P[span], H[span, span]), V_hat[span].clone()
             if not fixed:
                 _descend_codes(draft, *group, start)
             _fit_scale(draft, *group, start // g)
-            step = V_hat[span] - old
-            P[:start].addmm_(H[:start, span], step, alpha=-1)
-            P[start + g :].addmm_(H[start + g :, span], step, alpha=-1)
+            P[start + g :].addmm_(H[start + g :, span], V_hat[span] - old, alpha=-1)
     return draft.codes.T.contiguous(), draft.qparams
 
 

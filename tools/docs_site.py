@@ -14,8 +14,7 @@ TAKEN = ("CHANGELOG.md", "SECURITY.md", "LICENSE", "fixtures/README.md", "tools/
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the README, and what `TAKEN` names."""
-    front = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
-    files.append(File.generated(config, "index.md", content=front))
+    files.append(File.generated(config, "index.md", content=(ROOT / "README.md").read_text(encoding="utf-8")))
     for pattern in TAKEN:
         for path in sorted(ROOT.glob(pattern)):
             files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
@@ -23,8 +22,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Let links that leave `docs/` point to what was taken: the site has no such folder."""
+    """Let links into `docs/`, and those that leave it, point to what was taken: the site has no such folder."""
     if page.file.generated_by is not None:
-        return markdown
+        return markdown.replace("](docs/", "](")
     up = "../" * page.file.src_uri.count("/")
     return markdown.replace(f"]({up}../", f"]({up}")

@@ -45,7 +45,8 @@ def rows_of(found: Sequence[Layer]) -> int:
 def split(gm: GraphModule, source: Node, found: Sequence[Layer], parts: Sequence[Tensor]) -> list[list[Node]]:
     """Let linears that read one tensor read parts of it, and add up what these give: `x Wᵀ + b = Σ_p x_p W_pᵀ + b`.
 
-    The parts are gathered once for all readers. Annotations are copied to every part; parts without channels are left out.
+    The parts are gathered once for all readers, from where the tensor itself was gathered if it was. Annotations are copied to every
+    part; parts without channels are left out.
 
     Args:
         gm: the graph.
@@ -58,10 +59,12 @@ def split(gm: GraphModule, source: Node, found: Sequence[Layer], parts: Sequence
     """
     kept = [part for part in parts if len(part)]
     first = found[0]
-    gathered = []
+    axis, gathered = edit.value(source).ndim - 1, []
+    base, own = (source.args[0], edit.attribute(gm, source.args[2])) if _is_part(source) else (source, None)  # type: ignore[arg-type]
     for index, part in enumerate(kept):
-        channels = edit.add_attribute(gm, f"{first.path.partition('#')[0]}.channels_{index}", part.int(), before=first.node)
-        gathered.append(edit.emit(gm, aten.index_select.default, (source, edit.value(source).ndim - 1, channels), before=first.node))
+        places = part if own is None else own[part]
+        channels = edit.add_attribute(gm, f"{first.path.partition('#')[0]}.channels_{index}", places.int(), before=first.node)
+        gathered.append(edit.emit(gm, aten.index_select.default, (base, axis, channels), before=first.node))
     made = [[_part(gm, layer, x, part, index) for layer in found] for index, (x, part) in enumerate(zip(gathered, kept, strict=True))]
     for place, layer in enumerate(found):
         total = made[0][place]

@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule
 
 from ir.errors import DataError, OptionError
-from ir.sites import Layer, check_patterns, layers
+from ir.sites import check_patterns, layers
 from passes.base import Context, Effect
 from passes.budget.allocation import Allocation, Problem
 from passes.budget.budgeted import Budgeted
@@ -21,8 +21,8 @@ from passes.budget.tryout import try_out
 from passes.pipeline import Pipeline
 from passes.pruning import keeping
 from passes.pruning.dropping import drop, tell_left
-from passes.pruning.kinds import KINDS, Units
-from passes.pruning.prunable import found_units
+from passes.pruning.kinds import KINDS
+from passes.pruning.prunable import annotated_units
 from passes.pruning.unit_scores import CRITERIA
 
 RATES = (1.0, 2.0, 4.0, 16.0, 256.0)  # of plans: the last drops only what the budget does not allow at any width
@@ -155,7 +155,7 @@ class FitBudget(Budgeted):
         """Sites that units run through, each with the counts that shares allow."""
         if not self.smaller:
             return super().linked(gm, ctx, sites, scored=scored)
-        units, left = self._units(gm, sites)
+        units, left = annotated_units(gm, self.what, self.ignore, {str(layer.weight.target) for site in sites for layer in site})
         counts = [keeping.at_shares(own, self.shares, self.multiple) for own in units]
         scores = [torch.zeros(own.size) for own in units]
         if scored:
@@ -168,17 +168,6 @@ class FitBudget(Budgeted):
                     left.setdefault("their units link too many sites", []).append(own.readers[0][0])
             tell_left(gm, ctx, left, by=self.name())
         return found
-
-    def _units(self, gm: GraphModule, sites: Sequence[Site]) -> tuple[list[Units], dict[str, list[Layer]]]:
-        """The units whose linears are all annotated, and by reason the linears that have none."""
-        units, left = found_units(gm, self.what, self.ignore)
-        marked = {str(layer.weight.target) for site in sites for layer in site}
-        weights = {str(layer.weight.target): layer for layer in layers(gm) if layer.kind == "Linear"}
-        free = [own for own in units if marked.issuperset(own.paths & weights.keys())]
-        held = [own for own in units if not marked.issuperset(own.paths & weights.keys())]
-        for path in sorted({path for own in held for path in own.paths & weights.keys()}):
-            left.setdefault("not all linears of their units are annotated", []).append(weights[path])
-        return free, left
 
     def cuts(self, linked: Sequence[Linked]) -> Cuts:
         """What stays at each count."""

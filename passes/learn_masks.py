@@ -19,10 +19,8 @@ from ir.split import rows_of, split_best, splittable
 from ir.weights import stored_bits
 from passes.base import Context, Effect, Pass
 from passes.data.observation import mean_squares
-from passes.learning.mask_learning import MaskLearning, by_weight
+from passes.learning.mask_learning import LOSSES, MaskLearning, by_weight, over_share
 from passes.learning.masks import mixed_linear
-
-LOSSES = ("divergence", "cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,8 @@ class LearnMasks(Pass):
             return {node: partial(mixed_linear, low, high, gates[place]) for place, node, low, high in pairs}
 
         learning = MaskLearning(self.steps, self.rate, self.seed, self.rows, self.strength, self.loss == "cross_entropy")
-        return learning.logits(gm, ctx, [int(edit.value(source).shape[-1]) for source in whole], rows, share, gated)
+        sizes = [int(edit.value(source).shape[-1]) for source in whole]
+        return learning.logits(gm, ctx, sizes, over_share(sizes, rows, share), gated)
 
 
 def _size(layer: Layer, high: str, share: float) -> int:

@@ -13,6 +13,7 @@ from passes.base import Pass
 from passes.canonicalize import Canonicalize
 from passes.clip_activations import ClipActivations
 from passes.fit_budget import FitBudget
+from passes.fit_masks import FitMasks
 from passes.learn_masks import LearnMasks
 from passes.learn_rounding import LearnRounding
 from passes.observe import Observe
@@ -129,7 +130,8 @@ def mixed(
         latency: budget in place of `bits`: milliseconds of all chosen linears on one token, by the target's table in the file `latencies`.
         widths: to choose among: of weights, activations then stay in floating point; or schemes such as "W4A8", of both.
         groups: sizes to choose among of groups that share a scale; -1 for one scale per output channel, which integer kernels need.
-        prune: drop MLP channels and heads too, in the same search: `fit_budget` in place of `assign_bits`.
+        prune: drop MLP channels and heads too, in the same search: `fit_budget` in place of `assign_bits`. With masks MLP channels and dims
+            that are read from the residual stream or written to it: `fit_masks` in place of `learn_masks`.
         transform: "rotate" (the residual stream and the values, folded into the weights) or "none".
         rounding: "learned" on the model's own divergence, or a method of `round_weights`.
         steps: of the learned rounding.
@@ -151,15 +153,16 @@ def mixed(
         raise OptionError(f"widths are all numbers or all schemes, not {list(widths)}", where="mixed(widths=...)", remedy=remedy)
     rounds = any(bits_of(scheme, "mixed(widths=...)")[1] != FLOAT for scheme in schemes)
     if solver == "masks":
-        if len(widths) != 2 or memory or bytes or latency or schemes or prune:
-            problem = "masks choose between two widths of weights, under a budget in bits"
+        if len(widths) != 2 or (memory and not prune) or bytes or latency or schemes:
+            problem = "masks choose between two widths of weights, under a budget in bits, or in memory with prune"
             raise OptionError(problem, where="mixed", remedy="set widths=(1, 4); of activations too: split_channels, or learn_masks")
         if file or measure or tuple(groups) != GROUPS:
             raise OptionError("masks have no use for file, measure and groups", where="mixed", remedy="leave them out with solver='masks'")
         low, high = sorted(widths)
         # Parts of a linear have one scale per channel: groups would not fit into their sizes.
         marks = Annotate(f"W{low}A16", symmetric=low == 1, ignore=names, head=head)
-        chosen: Pass = LearnMasks(f"W{high}A16", bits=bits)
+        joint_bits = 0.0 if memory else bits
+        chosen: Pass = FitMasks(f"W{high}A16", memory or FitMasks.memory, joint_bits) if prune else LearnMasks(f"W{high}A16", bits=bits)
     elif solver == "knapsack":
         marks = Annotate("W8A8" if rounds else "W4A16", group=64, symmetric=False, ignore=names, head=head)
         finish = str(LearnRounding(steps=min(steps, TRIED))) if rounding == "learned" and not rounds else ""

@@ -32,6 +32,7 @@ MODULES = (
     "annotate",
     "split_channels",
     "learn_masks",
+    "fit_masks",
     "assign_bits",
     "fit_budget",
     "clip_activations",

@@ -17,7 +17,9 @@ from passes.learning.masks import MaskGenerator, distance_to, gate, hard
 from passes.memo.loops import State
 from passes.memo.packed import like
 
+LOSSES = ("divergence", "cross_entropy")
 Gated = Callable[[Sequence[Tensor]], Mapping[Node, Callable[..., Any]]]  # from gates, what to call in place of calls
+Distance = Callable[[Sequence[Tensor]], Tensor]  # from hard gates, how far they are from the budget
 
 
 @dataclass(frozen=True)
@@ -40,28 +42,22 @@ class MaskLearning:
     strength: float = 6.0
     labels: bool = False
 
-    def logits(
-        self, gm: GraphModule, ctx: Context, sizes: Sequence[int], weights: Sequence[int], share: float, gated: Gated
-    ) -> list[Tensor]:
+    def logits(self, gm: GraphModule, ctx: Context, sizes: Sequence[int], distance: Distance, gated: Gated) -> list[Tensor]:
         """The logits of all masks in the end.
 
         Args:
             gm: the graph, whose weights stay.
             ctx: with calibration data.
             sizes: channels of each mask.
-            weights: of one channel of each, in the budget.
-            share: of all weights, that open gates may take.
+            distance: of what open gates take from the budget.
             gated: what gates do to the model.
         """
         form = like([torch.empty(size, device="meta") for size in sizes])
-        return ctx.memo.kept("logits", partial(self._learned, gm, ctx, sizes, weights, share, gated), form)
+        return ctx.memo.kept("logits", partial(self._learned, gm, ctx, sizes, distance, gated), form)
 
-    def _learned(
-        self, gm: GraphModule, ctx: Context, sizes: Sequence[int], weights: Sequence[int], share: float, gated: Gated
-    ) -> list[Tensor]:
+    def _learned(self, gm: GraphModule, ctx: Context, sizes: Sequence[int], distance: Distance, gated: Gated) -> list[Tensor]:
         outputs = own_outputs(gm)
         nodes = evaluate.calls_for(gm, outputs)
-        total = float(sum(map(int.__mul__, sizes, weights)))
         drawn = torch.Generator().manual_seed(self.seed)
         masks = MaskGenerator(sizes, drawn)
         optimizer = torch.optim.AdamW(masks.parameters(), lr=self.rate, weight_decay=0.05)
@@ -70,9 +66,8 @@ class MaskLearning:
         for _ in ctx.memo.steps(ctx, range(self.steps), "learn masks", state):
             given = evaluate.bind(gm, next(samples))
             gates = [gate(logits, drawn) for logits in masks()]
-            spent = torch.stack([hard(own).sum() * count for own, count in zip(gates, weights, strict=True)]).sum() / total
             found = evaluate.evaluate(gm, nodes, given, list(outputs), instead=gated(gates), grad=True)
-            loss = self._loss(gm, nodes, given, found, outputs) + self.strength * distance_to(share, spent.clamp_min(1e-6))
+            loss = self._loss(gm, nodes, given, found, outputs) + self.strength * distance([hard(own) for own in gates])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -86,6 +81,17 @@ class MaskLearning:
         ids = next(iter(given.values()))
         logits = next(found[node] for node, name in outputs.items() if name == "logits")
         return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def over_share(sizes: Sequence[int], weights: Sequence[int], share: float) -> Distance:
+    """The distance from a share of all weights, where each open gate takes as many as one channel of its mask has."""
+    total = float(sum(map(int.__mul__, sizes, weights)))
+
+    def distance(opened: Sequence[Tensor]) -> Tensor:
+        spent = torch.stack([own.sum() * count for own, count in zip(opened, weights, strict=True)]).sum() / total
+        return distance_to(share, spent)
+
+    return distance
 
 
 def by_weight(logits: Sequence[Tensor], weights: Sequence[int]) -> list[Tensor]:

@@ -59,8 +59,8 @@ def hard(gates: Tensor) -> Tensor:
 
 
 def distance_to(budget: float, spent: Tensor) -> Tensor:
-    """`log(max(b, B) / min(b, B))`."""
-    return (spent / budget).log().abs()
+    """`log(max(b, B) / min(b, B))`; of nothing spent, that of next to nothing."""
+    return (spent.clamp_min(1e-6) / budget).log().abs()
 
 
 def mixed_linear(low: Mark, high: Mark, gates: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -24,7 +24,7 @@ def uniform(units: Sequence[Units], share: float, multiple: int) -> Kept:
 
 def at_shares(own: Units, shares: Sequence[float], multiple: int) -> list[int]:
     """How many of a group stay at each of some shares, to the nearest count allowed; each once, in falling order."""
-    return sorted({_nearest(own.size, 1 - share, _step(own, multiple)) for share in shares}, reverse=True)
+    return sorted({_nearest(own.size, 1 - share, step(own, multiple)) for share in shares}, reverse=True)
 
 
 def _nearest(size: int, share: float, multiple: int) -> int:
@@ -37,7 +37,7 @@ def _counts(size: int, multiple: int) -> list[int]:
     return [0, 1] if size == 1 else [*range(multiple, size, multiple), size]
 
 
-def _step(own: Units, multiple: int) -> int:
+def step(own: Units, multiple: int) -> int:
     """What counts of a group are multiples of: heads go one by one."""
     return multiple if own.what in CHANNELS else 1
 
@@ -45,9 +45,9 @@ def _step(own: Units, multiple: int) -> int:
 def free(units: Sequence[Units], scores: Sequence[Tensor], share: float, multiple: int) -> Kept:
     """Least total score of what is dropped, for at most so many weights that stay, up to half a unit: an exact knapsack."""
     total = sum(own.size * own.weights for own in units)
-    steps = [own.weights * _step(own, multiple) for own in units]
+    steps = [own.weights * step(own, multiple) for own in units]
     sites = []
-    choices = [_counts(own.size, _step(own, multiple)) for own in units]
+    choices = [_counts(own.size, step(own, multiple)) for own in units]
     for own, score, counts in zip(units, scores, choices, strict=True):
         lost = torch.cat([torch.zeros(1, dtype=torch.float64), score.double().sort().values.cumsum(0)])
         sites.append([knapsack.Option(float(lost[own.size - count]), count * own.weights) for count in counts])
@@ -75,7 +75,7 @@ def whole(units: Sequence[Units], scores: Sequence[Tensor], share: float, close:
 
 def most(units: Sequence[Units], multiple: int) -> float:
     """The greatest share of weights that can go."""
-    return dropped_share(units, [_counts(own.size, _step(own, multiple))[0] for own in units])
+    return dropped_share(units, [_counts(own.size, step(own, multiple))[0] for own in units])
 
 
 def greatest(score: Tensor, count: int) -> Tensor:

@@ -46,6 +46,24 @@ def found_units(gm: GraphModule, what: Collection[str], ignore: Collection[str])
     return sorted(free, key=lambda own: min(order[node] for node in own.felt)), left
 
 
+def annotated_units(
+    gm: GraphModule, what: Collection[str], ignore: Collection[str], marked: Collection[str]
+) -> tuple[list[Units], dict[str, list[Layer]]]:
+    """The units whose linears are all annotated, and by reason the linears that have none.
+
+    Args:
+        gm: the graph.
+        what, ignore: as of `found_units`.
+        marked: names of the stored weights that are annotated.
+    """
+    units, left = found_units(gm, what, ignore)
+    weights = {str(layer.weight.target): layer for layer in layers(gm) if layer.kind == "Linear"}
+    outside = [own.paths & weights.keys() - set(marked) for own in units]
+    for path in sorted({path for own, missing in zip(units, outside, strict=True) if missing for path in own.paths & weights.keys()}):
+        left.setdefault("not all linears of their units are annotated", []).append(weights[path])
+    return [own for own, missing in zip(units, outside, strict=True) if not missing], left
+
+
 def _units(gm: GraphModule, group: ChannelGroup, linears: dict[str, list[Layer]]) -> Units | None:
     """A group's units; None if it is frozen, has but one, or is not between linears."""
     readers = [(layer, member) for member in group.readers for layer in linears.get(member.path, ())]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from passes.base import Context
-from passes.learning.mask_learning import MaskLearning, by_weight
+from passes.learning.mask_learning import MaskLearning, by_weight, over_share
 from passes.pruning.kinds import Units
 
 
@@ -18,14 +18,14 @@ def mask_scores(gm: GraphModule, ctx: Context, units: Sequence[Units], share: fl
 
     A unit's gate multiplies what linears read of it, or what is written; the model's weights stay as they are.
     """
-    weights = [own.weights for own in units]
+    sizes, weights = [own.size for own in units], [own.weights for own in units]
     with torch.enable_grad():
-        logits = learning.logits(gm, ctx, [own.size for own in units], weights, 1 - share, partial(_gated, units))
+        logits = learning.logits(gm, ctx, sizes, over_share(sizes, weights, 1 - share), partial(_gated, units))
     return by_weight(logits, weights)
 
 
-def _gated(units: Sequence[Units], gates: Sequence[Tensor]) -> Mapping[Node, Callable[..., Any]]:
-    """What is called in place of linears that read units, or of calls that give them."""
+def factors_of(units: Sequence[Units], gates: Sequence[Tensor]) -> tuple[dict[Node, Tensor], dict[Node, Tensor]]:
+    """By call, the gates of what it reads and of what it gives, `[channels]` each."""
     reads: dict[Node, Tensor] = {}
     writes: dict[Node, Tensor] = {}
     for own, opened in zip(units, gates, strict=True):
@@ -33,11 +33,23 @@ def _gated(units: Sequence[Units], gates: Sequence[Tensor]) -> Mapping[Node, Cal
             *((layer.node, member.channels, reads) for layer, member in own.readers),
             *((node, channels, writes) for node, channels in own.writes),
         ):
-            factor = torch.cat([opened, opened.new_ones(1)])[channels]  # −1: no unit
+            factor = at_channels(opened, channels)
             at[node] = at[node] * factor if node in at else factor
-    return {node: partial(_call, node.target, reads.get(node), writes.get(node)) for node in {*reads, *writes}}
+    return reads, writes
 
 
-def _call(target: Any, reads: Tensor | None, writes: Tensor | None, x: Tensor, *others: Any, **named: Any) -> Tensor:
+def at_channels(opened: Tensor, channels: Tensor) -> Tensor:
+    """The gate of each channel's unit; −1 is no unit, and open."""
+    return torch.cat([opened, opened.new_ones(1)])[channels]
+
+
+def _gated(units: Sequence[Units], gates: Sequence[Tensor]) -> Mapping[Node, Callable[..., Any]]:
+    """What is called in place of linears that read units, or of calls that give them."""
+    reads, writes = factors_of(units, gates)
+    return {node: partial(call_gated, node.target, reads.get(node), writes.get(node)) for node in {*reads, *writes}}
+
+
+def call_gated(target: Any, reads: Tensor | None, writes: Tensor | None, x: Tensor, *others: Any, **named: Any) -> Tensor:
+    """A call whose first operand and result are multiplied by gates."""
     value: Tensor = target(x if reads is None else x * reads.to(x.dtype), *others, **named)
     return value if writes is None else value * writes.to(value.dtype)

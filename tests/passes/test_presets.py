@@ -81,6 +81,7 @@ def test_masks_take_the_place_of_the_knapsack():
     names = [step.name() for step in presets.mixed(bits=1.7, widths=(4, 1), solver="masks")]
     assert "learn_masks" in names
     assert "assign_bits" not in names
+    assert "fit_masks" in [step.name() for step in presets.mixed(memory=0.1, widths=(1, 4), solver="masks", prune=True)]
     for options in ({"solver": "masks"}, {"solver": "luck"}, {"solver": "masks", "widths": (1, 4), "bytes": 10}):
         with pytest.raises(OptionError):
             presets.mixed(**options)

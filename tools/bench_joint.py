@@ -33,7 +33,9 @@ MARKED = "annotate(scheme='W4A16', group=64, symmetric=False)"
 SEARCH = "widths=(1, 2, 3, 4, 8), groups=(64, -1)"
 ROUNDED = "round_weights(propagation=0.25)"
 SHARES = (1.0, 0.875, 0.75, 0.5, 0.375, 0.25)
-SECTIONS = ("quantize", "fixed", "pruned", "joint")
+PAIRS = ((1, 4), (2, 4))  # widths that masks choose between, in whole columns
+MASKS = "fit_masks(high='W{}A16', memory={}, steps=400, rows=2, rate=0.003)"
+SECTIONS = ("quantize", "fixed", "pruned", "joint", "masks")
 HEAD = "| {} | memory | weights kept | WikiText-2 | news | excess, nats | predicted, nats |\n|---|---|---|---|---|---|---|"
 
 
@@ -77,7 +79,7 @@ class Bench:
     def row(self, name: str, made: passes.Compiled, whole: int) -> str:
         found = self.bench.perplexities(made)
         coverage = made.report().coverage
-        cost = sum(value for row in made.report().tables["widths"] for key, value in row.items() if key == "nats a token")
+        cost = sum(value for row in made.report().tables.get("widths", ()) for key, value in row.items() if key == "nats a token")
         wiki, news = found
         memory, kept = coverage.bits / (FLOAT * whole), coverage.elements / whole
         return f"| {name} | {memory:.4f} | {kept:.1%} | {wiki:.2f} | {news:.2f} | {excess(found, 3)} | {cost:.4f} |"
@@ -117,6 +119,23 @@ def joint(bench: Bench) -> list[str]:
     return [HEAD.format("joint"), *bench.rows(start, "joint", f"fit_budget(bits={{}}, shares={SHARES}, measure=2048, finish={ROUNDED!r})")]
 
 
+def masks(bench: Bench) -> list[str]:
+    """What goes and what is wider by learned masks, on the model as it is: rotations would mix the dims that they drop."""
+    whole, lines = weights_in(bench.opened), [HEAD.format("masks")]
+    for low, high in PAIRS:
+        for budget in bench.budgets:
+            marked = f"canonicalize, untie, annotate(scheme='W{low}A16', symmetric={low == 1})"
+            name = f"{low} and {high} bits"
+            try:
+                made = passes.compile(bench.bench.model, f"{marked}, {MASKS.format(high, budget)}, {ROUNDED}", bench.calibration)
+            except OptionError as error:
+                lines.append(f"| {name} | {budget} | | | | none: {error.remedy.split(',')[0]} | |")
+            else:
+                lines.append(bench.row(name, made, whole))
+            print(lines[-1], flush=True)
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", type=Path)
@@ -137,6 +156,7 @@ def main() -> None:
             "fixed": ("Fixed sparsity", partial(fixed, bench)),
             "pruned": ("Pruned, then widths", partial(pruned, bench)),
             "joint": ("Both in one search", partial(joint, bench)),
+            "masks": ("Both by learned masks", partial(masks, bench)),
         }
         report(head, sections, options.sections or SECTIONS, options.out)
 

@@ -82,6 +82,12 @@ def counted(gm: GraphModule, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def kept(gm: GraphModule, tensor: Tensor) -> Tensor:
+    """A tensor that goes with the graph for long, on disk where the graph has a store. It may be written to."""
+    made: Tensor = gm.meta[STORE].keep(tensor) if STORE in gm.meta else tensor
+    return made
+
+
 def add_attribute(gm: GraphModule, name: str, tensor: Tensor, *, before: Node) -> Node:
     """A new get_attr node for `tensor` under the dotted `name`, made unique with a counter if it is taken."""
     unique, counter = name, 1
@@ -105,7 +111,7 @@ def store(gm: GraphModule, name: str, tensor: Tensor) -> None:
 
     Floats are frozen parameters, the rest buffers.
     """
-    tensor = gm.meta[STORE].keep(tensor) if STORE in gm.meta else tensor
+    tensor = kept(gm, tensor)
     holder, _, leaf = name.rpartition(".")
     module = _submodule(gm, holder)
     for registry in (module._parameters, module._buffers):

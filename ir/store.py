@@ -23,7 +23,7 @@ SMALL = 1 << 14  # bytes: tensors below stay in memory
 APART = 1 << 26  # bytes: tensors from here on have a file each, which goes when they go; smaller ones share files
 SHARED_FILE = 1 << 28  # bytes
 FILES = 1 << 16  # that may be open at once, where the system lets us: every mapped one is
-HANDED_OUT = 1 << 27  # bytes of weights that are read between two releases
+HANDED_OUT = 1 << 26  # bytes of weights that are read between two releases
 NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # private pages are promised no memory: a file may be larger than there is
 NAME = "fxpress_store"  # the attribute of a model whose weights are mapped
 REMEDY = "free space, or name another folder for scratch files"

@@ -48,7 +48,7 @@ class LearnRounding(Pass):
 
     A weight's gradient is used and dropped as soon as it is known: beside the model there are two bytes a weight for the offsets, one
     rounded weight, and the activations of `rows` samples, at most a quarter of the weights' bytes or 256 MB: of more, the graph is cut into
-    parts, all but the last of which run twice. Before, there is what the start needs, of yaqa as much as half of the weights' bytes.
+    parts, all but the last of which run twice. Before, there is what the start needs, of yaqa as much as a quarter of the weights' bytes.
 
     Args:
         start: method of `round_weights`, with its own options, that finds the codes to start from; what it needs is gathered from the model

@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 
 from ir.capture import capture
 from ir.errors import DataError, OptionError
+from ir.memory import map_large
 from ir.signature import Signature
 from ir.verify import check_weights, verify
 from passes import registry
@@ -20,6 +21,7 @@ from passes.ranks import Ranks
 from passes.recipe import Recipe, calibration_fingerprint, versions, weights_fingerprint
 
 PROBE_ROWS, PROBE_LENGTH = 2, 64
+LARGE_MODEL = 1 << 27  # bytes of weights, from which on what is freed goes back at once: small ones would take a third longer
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def begin(
     gm = capture(model, args, kwargs)
     verify(gm, stage="capture")
     check_weights(gm)
+    if sum(tensor.nbytes for tensor in gm.parameters()) >= LARGE_MODEL:
+        map_large()
     batches = flat_batches(gm, calibration)
     marks = (weights_fingerprint(gm), calibration_fingerprint(batches))
     ranks = ranks or Ranks()

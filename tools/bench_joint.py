@@ -79,10 +79,11 @@ class Bench:
     def row(self, name: str, made: passes.Compiled, whole: int) -> str:
         found = self.bench.perplexities(made)
         coverage = made.report().coverage
-        cost = sum(value for row in made.report().tables.get("widths", ()) for key, value in row.items() if key == "nats a token")
+        widths = made.report().tables.get("widths")
+        cost = f"{sum(row.get('nats a token', 0.0) for row in widths):.4f}" if widths else ""
         wiki, news = found
         memory, kept = coverage.bits / (FLOAT * whole), coverage.elements / whole
-        return f"| {name} | {memory:.4f} | {kept:.1%} | {wiki:.2f} | {news:.2f} | {excess(found, 3)} | {cost:.4f} |"
+        return f"| {name} | {memory:.4f} | {kept:.1%} | {wiki:.2f} | {news:.2f} | {excess(found, 3)} | {cost} |"
 
 
 def weights_in(gm: GraphModule) -> int:

@@ -23,7 +23,7 @@ from passes.data.sweep import Sweep, room_of
 from passes.memo.packed import like
 
 ROOM = 2**26  # bytes of factors that may be held at a time of any model
-SHARE = 2  # of a greater one as many as its weights take, over this
+SHARE = 4  # of a greater one as many as its weights take, over this
 COUNT = torch.empty((), dtype=torch.int64, device="meta")
 Take = Callable[[int, Sequence[Tensor], Node, Tensor, Tensor], None]
 
@@ -113,8 +113,8 @@ def kronecker_factors(gm: GraphModule, ctx: Context, nodes: Collection[Node], na
 class Factors:
     """`kronecker_factors` of linears, found for as many at a time as fit beside the model: each is given once, and then forgotten.
 
-    Memory: `ROOM` bytes of factors, or half of the weights' bytes, or those of a single linear; and the weights as they were until the last
-    factors are known. Each group of linears takes a run of its own over all calibration data, with the same draws.
+    Memory: `ROOM` bytes of factors, or a quarter of the weights' bytes, or those of a single linear; and the weights as they were until the
+    last factors are known. Each group of linears takes a run of its own over all calibration data, with the same draws.
 
     Args:
         nodes: linears, in the order that they will be asked for; the graph may be rounded between.

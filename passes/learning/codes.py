@@ -31,7 +31,7 @@ class Codes:
         assert encoding is not None
         self.gm, self.layer, self.encoding = gm, layer, encoding
         self.first = QParams(qparams.scale.float(), qparams.zero_point)
-        self.offset = self._offsets(codes)
+        self.offset = edit.kept(gm, self._offsets(codes))
         self.log_scale = nn.Parameter(torch.zeros_like(self.first.scale))
         self.rate = 0.0
 
@@ -56,12 +56,12 @@ class Codes:
 
     def levels(self) -> tuple[Tensor, Tensor]:
         """`q − z`, and where a step of `v` can change it."""
-        place = self._place()
+        place, offset = self._place(), edit.counted(self.gm, self.offset)
         if self.encoding.bits == 1:
-            signs = torch.where(torch.add(place, self.offset, alpha=2) < 0, -1.0, 1.0)
+            signs = torch.where(torch.add(place, offset, alpha=2) < 0, -1.0, 1.0)
             return signs, torch.ones_like(signs, dtype=torch.bool)
         least, greatest = numerics.code_range(self.encoding)
-        q = (place + self.offset).round_()
+        q = (place + offset).round_()
         z = self.first.zero_point
         return q.clamp(least, greatest) - (0.0 if z is None else self._spread(z.float())), (q >= least) & (q <= greatest)
 

@@ -155,8 +155,9 @@ def _properties(path: Path) -> dict[str, Any]:
     if not all(isinstance(part, dict) for part in parts):
         raise DataError("the model's metadata is damaged", where=str(path))
     files = {name for tensor in _tensors(model) for name in _files(tensor)}
-    if files - {WEIGHTS}:
-        raise DataError(f"weights lie in {min(files - {WEIGHTS})!r}, not in {WEIGHTS}", where=str(path), remedy="do not use this model")
+    others = sorted(map(repr, files - {WEIGHTS}))  # protobuf gives text that is no UTF-8 as bytes
+    if others:
+        raise DataError(f"weights lie in {others[0]}, not in {WEIGHTS}", where=str(path), remedy="do not use this model")
     if files:
         inside(path.parent, WEIGHTS)
     return properties  # type: ignore[no-any-return]

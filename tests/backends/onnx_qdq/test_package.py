@@ -71,6 +71,15 @@ def test_a_model_that_names_other_files_or_settings_is_refused(folder, change, m
     assert not (folder.parent / "written.csv").exists()
 
 
+def test_names_that_are_no_text_are_refused(folder):
+    initializer, constant = place("elsewhere")[0], place("no text")[1]
+    changed(folder, lambda model, stated: (initializer(model, stated), constant(model, stated)))
+    path = folder / "model.onnx"
+    path.write_bytes(path.read_bytes().replace(b"no text", b"\xff" * 7))
+    with pytest.raises(DataError, match="weights lie in"):
+        passes.load(folder)
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
 def test_links_to_files_elsewhere_are_refused(folder, name):
     (folder / name).rename(folder.parent / "elsewhere")

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from ir import block_transform, edit, hadamard, maps
 from ir.channels import ChannelGroup, Map, channel_groups
-from ir.errors import DataError, OptionError
+from ir.errors import OptionError
 from ir.match import aten
 from ir.online import online_inputs
 from ir.ops import HADAMARD
@@ -62,8 +62,7 @@ class BalanceChannels(Pass):
 
     def needs(self, ctx: Context) -> None:
         """Calibration data."""
-        if not ctx.calibration:
-            raise DataError("balance_channels needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
+        self.need_calibration(ctx)
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Balance heads, then inputs; returns how many groups and inputs."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ir.errors import OptionError
+from ir.errors import DataError, OptionError
 from ir.statistics import Statistics
 from passes.calls import call_text
 from passes.memo.results import Results
@@ -128,19 +128,32 @@ class Pass:
     targeted: ClassVar[bool] = False  # whether it looks at `ctx.backend`, so that results of another target are others
     files: ClassVar[tuple[str, ...]] = ()  # options that name files, which a recipe may only name below the working folder
 
+    def take_several(self, option: str) -> None:
+        """Make a tuple of an option that lists texts, or is one; for `__post_init__`."""
+        given = getattr(self, option)
+        object.__setattr__(self, option, (given,) if isinstance(given, str) else tuple(given))
+
     def take_names(self, option: str, known: Collection[str]) -> None:
         """Make a tuple of an option that lists names, or is one; for `__post_init__`.
 
         Raises:
             OptionError: no name, or one that is not known.
         """
-        given = getattr(self, option)
-        names = (given,) if isinstance(given, str) else tuple(given)
-        object.__setattr__(self, option, names)
+        self.take_several(option)
+        names = getattr(self, option)
         wrong = [name for name in names if name not in known]
         if wrong or not names:
             problem = f"there is no {wrong[0]!r}" if wrong else "none is named"
             raise OptionError(problem, where=f"{self.name()}({option}=...)", remedy=f"there are {list(known)}")
+
+    def need_calibration(self, ctx: Context) -> None:
+        """For `needs`.
+
+        Raises:
+            DataError: no calibration data.
+        """
+        if not ctx.calibration:
+            raise DataError(f"{self.name()} needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
 
     def needs(self, ctx: Context) -> None:
         """Raise an `FxpressError` if the compile was not given what the pass needs; called for every pass before the first one runs."""

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from ir import edit, evaluate, numerics
 from ir.encoding import Encoding
-from ir.errors import DataError, OptionError
+from ir.errors import OptionError
 from ir.sites import Layer, readers
 from passes.base import Context, Effect, Pass
 from passes.data.observation import tokens_of, total
@@ -51,8 +51,7 @@ class ClipActivations(Pass):
 
     def needs(self, ctx: Context) -> None:
         """Calibration data."""
-        if not ctx.calibration:
-            raise DataError("clip_activations needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
+        self.need_calibration(ctx)
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Annotate the ratios; returns the number of linears whose inputs are clipped."""

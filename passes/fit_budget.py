@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule
 
-from ir.errors import DataError, OptionError
+from ir.errors import OptionError
 from ir.sites import check_patterns, layers
 from passes.base import Context, Effect
 from passes.budget.allocation import Allocation, Problem
@@ -83,7 +83,7 @@ class FitBudget(Budgeted):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.take_names("what", KINDS)
-        object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
+        self.take_several("ignore")
         object.__setattr__(self, "shares", tuple(self.shares))
         if self.criterion not in CRITERIA:
             problem = f"there is no criterion {self.criterion!r}"
@@ -101,8 +101,8 @@ class FitBudget(Budgeted):
 
     def needs(self, ctx: Context) -> None:
         """Calibration data, to refit; folders for files."""
-        if not ctx.calibration and self.smaller:
-            raise DataError("fit_budget needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
+        if self.smaller:
+            self.need_calibration(ctx)
         super().needs(ctx)
 
     @property

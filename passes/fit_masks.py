@@ -10,14 +10,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ir import edit
-from ir.errors import DataError, OptionError
+from ir.errors import OptionError
 from ir.schemes import FLOAT, bits_of, change_bits
-from ir.signature import Signature
 from ir.sites import Layer, check_patterns, layers
 from ir.split import split_off, splittable
 from passes.base import Context, Effect, Pass
 from passes.data.observation import mean_squares
-from passes.learning.mask_learning import LOSSES, MaskLearning
+from passes.learning.mask_learning import MaskLearning, check_causal, check_loss
 from passes.pruning.dropping import drop, tell_left
 from passes.pruning.joint_masks import JointMasks, Linear, Taken
 from passes.pruning.kinds import HEADS, INPUTS, MLP, OUTPUTS, Units
@@ -82,9 +81,8 @@ class FitMasks(Pass):
     def __post_init__(self) -> None:
         bits_of(self.high, "fit_masks(high=...)")
         self.take_names("what", (*BETWEEN, *STREAM))
-        object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
-        if self.loss not in LOSSES:
-            raise OptionError(f"there is no loss {self.loss!r}", where="fit_masks(loss=...)", remedy=f"there are {list(LOSSES)}")
+        self.take_several("ignore")
+        check_loss(self.loss, self.name())
         shares = 0 < self.memory < 1 and 0 <= self.kept < 1
         if (
             not shares
@@ -96,14 +94,11 @@ class FitMasks(Pass):
 
     def needs(self, ctx: Context) -> None:
         """Calibration data."""
-        if not ctx.calibration:
-            raise DataError("fit_masks needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
+        self.need_calibration(ctx)
 
     def requires(self, gm: GraphModule, ctx: Context) -> None:
         """Inputs in floating point, a budget that something fits into, patterns that match; for cross entropy a causal language model."""
-        signature: Signature | None = gm.meta.get("signature")
-        if self.loss == "cross_entropy" and (signature is None or not signature.causal):
-            raise OptionError("cross_entropy needs a causal language model", where=str(self), remedy="set loss='divergence'")
+        check_causal(gm, self.loss, str(self))
         if not ctx.part:
             check_patterns(self.ignore, layers(gm), "fit_masks(ignore=...)")
         masks, _ = self._masks(gm)

@@ -11,15 +11,14 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ir import edit
-from ir.errors import DataError, OptionError
+from ir.errors import OptionError
 from ir.schemes import bits_of, change_bits
-from ir.signature import Signature
 from ir.sites import Layer
 from ir.split import rows_of, split_best, splittable
 from ir.weights import stored_bits
 from passes.base import Context, Effect, Pass
 from passes.data.observation import mean_squares
-from passes.learning.mask_learning import LOSSES, MaskLearning, by_weight, over_share
+from passes.learning.mask_learning import MaskLearning, by_weight, check_causal, check_loss, over_share
 from passes.learning.masks import mixed_linear
 
 
@@ -70,8 +69,7 @@ class LearnMasks(Pass):
 
     def __post_init__(self) -> None:
         bits_of(self.high, "learn_masks(high=...)")
-        if self.loss not in LOSSES:
-            raise OptionError(f"there is no loss {self.loss!r}", where="learn_masks(loss=...)", remedy=f"there are {list(LOSSES)}")
+        check_loss(self.loss, self.name())
         if (
             not 0 < self.share < 1
             or self.bits < 0
@@ -83,15 +81,12 @@ class LearnMasks(Pass):
 
     def needs(self, ctx: Context) -> None:
         """Calibration data."""
-        if not ctx.calibration:
-            raise DataError("learn_masks needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
+        self.need_calibration(ctx)
 
     def requires(self, gm: GraphModule, ctx: Context) -> None:
         """Inputs in floating point; and for cross entropy a causal language model."""
-        signature: Signature | None = gm.meta.get("signature")
         splittable(gm)
-        if self.loss == "cross_entropy" and (signature is None or not signature.causal):
-            raise OptionError("cross_entropy needs a causal language model", where=str(self), remedy="set loss='divergence'")
+        check_causal(gm, self.loss, str(self))
 
     def _share(self, whole: Mapping[Node, Sequence[Layer]]) -> float:
         """The share to choose: the greatest, in thousandths, that the budget has room for."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ir import evaluate
-from ir.errors import DataError, OptionError
+from ir.errors import OptionError
 from ir.memory import give_back
 from ir.rounding import METHODS, Nearest
 from ir.signature import Signature
@@ -87,8 +87,7 @@ class LearnRounding(Pass):
 
     def needs(self, ctx: Context) -> None:
         """Calibration data."""
-        if not ctx.calibration:
-            raise DataError("learn_rounding needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
+        self.need_calibration(ctx)
 
     def requires(self, gm: GraphModule, ctx: Context) -> None:
         """For labels a causal language model."""

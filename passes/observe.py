@@ -35,8 +35,8 @@ class Observe(Pass):
 
     def needs(self, ctx: Context) -> None:
         """Calibration data, or a file of statistics."""
-        if not ctx.calibration and not (self.file and Path(self.file).exists()):
-            raise DataError("observe needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
+        if not (self.file and Path(self.file).exists()):
+            self.need_calibration(ctx)
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Fill `ctx.statistics`; keys are the paths of the first layers that read each tensor."""

@@ -131,7 +131,7 @@ def mixed(
         widths: to choose among: of weights, activations then stay in floating point; or schemes such as "W4A8", of both.
         groups: sizes to choose among of groups that share a scale; -1 for one scale per output channel, which integer kernels need.
         prune: drop MLP channels and heads too, in the same search: `fit_budget` in place of `assign_bits`. With masks MLP channels and dims
-            that are read from the residual stream or written to it: `fit_masks` in place of `learn_masks`.
+            that are read from the residual stream or written to it, which rotations mix (`transform="none"`): `fit_masks`.
         transform: "rotate" (the residual stream and the values, folded into the weights) or "none".
         rounding: "learned" on the model's own divergence, or a method of `round_weights`.
         steps: of the learned rounding.
@@ -161,8 +161,8 @@ def mixed(
         low, high = sorted(widths)
         # Parts of a linear have one scale per channel: groups would not fit into their sizes.
         marks = Annotate(f"W{low}A16", symmetric=low == 1, ignore=names, head=head)
-        joint_bits = 0.0 if memory else bits
-        chosen: Pass = FitMasks(f"W{high}A16", memory or FitMasks.memory, joint_bits) if prune else LearnMasks(f"W{high}A16", bits=bits)
+        masks = FitMasks if prune else LearnMasks
+        chosen: Pass = masks(f"W{high}A16", bits=FLOAT * memory or bits)
     elif solver == "knapsack":
         marks = Annotate("W8A8" if rounds else "W4A16", group=64, symmetric=False, ignore=names, head=head)
         finish = str(LearnRounding(steps=min(steps, TRIED))) if rounding == "learned" and not rounds else ""

@@ -111,7 +111,7 @@ class Prune(Pass):
             raise OptionError(
                 f"{self.what} share weights", where="prune(what=...)", remedy=f"prune twice; together go {', '.join(map(str, TOGETHER))}"
             )
-        object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
+        self.take_several("ignore")
         if self.criterion not in KNOWN:
             raise OptionError(f"there is no criterion {self.criterion!r}", where="prune(criterion=...)", remedy=f"there are {list(KNOWN)}")
         if self.criterion == MEASURED and not self._whole:

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from ir import edit, maps, smoothing
 from ir.channels import ChannelGroup, Map, Member, channel_groups
-from ir.errors import DataError, OptionError
+from ir.errors import OptionError
 from ir.sites import Layer, chosen, readers
 from ir.statistics import TensorStatistics
 from passes import policies
@@ -74,8 +74,8 @@ class SmoothChannels(Pass):
 
     def requires(self, gm: GraphModule, ctx: Context) -> None:
         """Statistics or calibration data; the data, for the search."""
-        if not ctx.calibration and (self.search or ctx.statistics is None):
-            raise DataError("smooth_channels needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
+        if self.search or ctx.statistics is None:
+            self.need_calibration(ctx)
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Scale group by group."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ir import edit, numerics
-from ir.errors import DataError, OptionError
+from ir.errors import OptionError
 from ir.rounding import search_qparams
 from ir.schemes import bits_of
 from ir.sites import Layer
@@ -76,8 +76,7 @@ class SplitChannels(Pass):
 
     def needs(self, ctx: Context) -> None:
         """Calibration data."""
-        if not ctx.calibration:
-            raise DataError("split_channels needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
+        self.need_calibration(ctx)
 
     def requires(self, gm: GraphModule, ctx: Context) -> None:
         """Inputs in floating point."""

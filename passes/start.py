@@ -17,6 +17,7 @@ from passes.backend import Backend
 from passes.base import Context, Pass
 from passes.data.calibration import flat_batches
 from passes.pipeline import Pipeline
+from passes.preflight.plan import weight_bytes
 from passes.ranks import Ranks
 from passes.recipe import Recipe, calibration_fingerprint, versions, weights_fingerprint
 
@@ -61,7 +62,7 @@ def begin(
     gm = capture(model, args, kwargs)
     verify(gm, stage="capture")
     check_weights(gm)
-    if sum(tensor.nbytes for tensor in gm.parameters()) >= LARGE_MODEL:
+    if weight_bytes(gm) >= LARGE_MODEL:
         map_large()
     batches = flat_batches(gm, calibration)
     marks = (weights_fingerprint(gm), calibration_fingerprint(batches))

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ir import evaluate
+from ir.errors import OptionError
+from ir.signature import Signature
 from passes.base import Context
 from passes.learning.descent import shuffled, some_rows
 from passes.learning.divergence import of_outputs, own_outputs
@@ -20,6 +22,27 @@ from passes.memo.packed import like
 LOSSES = ("divergence", "cross_entropy")
 Gated = Callable[[Sequence[Tensor]], Mapping[Node, Callable[..., Any]]]  # from gates, what to call in place of calls
 Distance = Callable[[Sequence[Tensor]], Tensor]  # from hard gates, how far they are from the budget
+
+
+def check_loss(loss: str, where: str) -> None:
+    """Refuse the name of a loss that there is not.
+
+    Raises:
+        OptionError: there are `LOSSES`.
+    """
+    if loss not in LOSSES:
+        raise OptionError(f"there is no loss {loss!r}", where=f"{where}(loss=...)", remedy=f"there are {list(LOSSES)}")
+
+
+def check_causal(gm: GraphModule, loss: str, where: str) -> None:
+    """Refuse the cross entropy of a model without next tokens.
+
+    Raises:
+        OptionError: it is no causal language model.
+    """
+    signature: Signature | None = gm.meta.get("signature")
+    if loss == "cross_entropy" and (signature is None or not signature.causal):
+        raise OptionError("cross_entropy needs a causal language model", where=where, remedy="set loss='divergence'")
 
 
 @dataclass(frozen=True)

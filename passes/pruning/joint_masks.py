@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -90,6 +90,11 @@ class JointMasks:
         """Of all linears, before anything goes."""
         return sum(N * K for N, K in (one.shape for one in self.linears))
 
+    @cached_property
+    def _readers(self) -> dict[int, Linear]:
+        """Of each input a linear that reads it: all read the same channels."""
+        return {one.place: one for one in self.linears}
+
     def gated(self, gates: Gates) -> Mapping[Node, Callable[..., Any]]:
         """What is called in place of the linears: `Ŵ = F(P_inᵀ W P_out, M)` (2606.07819)."""
         reads, writes = factors_of(self.units, gates[: len(self.units)])
@@ -105,14 +110,14 @@ class JointMasks:
         """From the budget in bits for each weight there was, and, if it is not 0, from the share of weights that stays."""
         spent, stay = torch.zeros(()), torch.zeros(())
         for one in self.linears:
-            rows, columns = (self._open(at, opened, size) for at, size in zip((one.rows, one.columns), one.shape, strict=True))
+            rows, columns = (self._gates(at, opened, size) for at, size in zip((one.rows, one.columns), one.shape, strict=True))
             low, high = one.each()
             spent = spent + rows.sum() * (columns * (low + (high - low) * opened[len(self.units) + one.place])).sum()
             stay = stay + rows.sum() * columns.sum()
         far = distance_to(bits, spent / self.weights)
         return far + distance_to(kept, stay / self.weights) if kept else far
 
-    def _open(self, at: Sequence[tuple[int, Tensor]], opened: Gates, size: int) -> Tensor:
+    def _gates(self, at: Sequence[tuple[int, Tensor]], opened: Gates, size: int) -> Tensor:
         factor = torch.ones(size)
         for place, channels in at:
             factor = factor * at_channels(opened[place], channels)
@@ -158,7 +163,7 @@ class JointMasks:
 
     def stay(self, place: int, units: Sequence[Tensor]) -> Tensor:
         """The channels of an input that are still read, rising."""
-        one = next(one for one in self.linears if one.place == place)
+        one = self._readers[place]
         return self._stay(one.columns, units, one.shape[1]).nonzero()[:, 0]
 
     def _taken(self, logits: Gates, units: float, wide: float) -> Taken:

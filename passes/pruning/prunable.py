@@ -47,7 +47,7 @@ def found_units(gm: GraphModule, what: Collection[str], ignore: Collection[str])
 
 
 def annotated_units(
-    gm: GraphModule, what: Collection[str], ignore: Collection[str], marked: Collection[str]
+    gm: GraphModule, what: Collection[str], ignore: Collection[str], marked: set[str]
 ) -> tuple[list[Units], dict[str, list[Layer]]]:
     """The units whose linears are all annotated, and by reason the linears that have none.
 
@@ -58,10 +58,10 @@ def annotated_units(
     """
     units, left = found_units(gm, what, ignore)
     weights = {str(layer.weight.target): layer for layer in layers(gm) if layer.kind == "Linear"}
-    outside = [own.paths & weights.keys() - set(marked) for own in units]
-    for path in sorted({path for own, missing in zip(units, outside, strict=True) if missing for path in own.paths & weights.keys()}):
+    stored = [own.paths & weights.keys() for own in units]
+    for path in sorted({path for paths in stored if not paths <= marked for path in paths}):
         left.setdefault("not all linears of their units are annotated", []).append(weights[path])
-    return [own for own, missing in zip(units, outside, strict=True) if not missing], left
+    return [own for own, paths in zip(units, stored, strict=True) if paths <= marked], left
 
 
 def _units(gm: GraphModule, group: ChannelGroup, linears: dict[str, list[Layer]]) -> Units | None:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -5,6 +7,7 @@ import passes
 from backends.onnx_qdq import OnnxQdq
 from ir import evaluate
 from ir.errors import DataError, OptionError
+from passes import presets
 from passes.fit_masks import FitMasks
 from passes.pruning.unit_masks import call_gated, factors_of
 from tests.families import load
@@ -58,14 +61,10 @@ def test_what_is_left_is_the_masked_model(family, what):
     masked = evaluate.evaluate(
         gm, evaluate.calls_for(gm, outputs), given, outputs, instead={node: called(node) for node in {*reads, *writes}}
     )
+    left = masks.left(taken)
     step._drop(gm, ctx, taken.units)
-    assert sum(layer.layer.node.args[1].meta["val"].numel() for layer in masks.linears) == masks_left(masks)
+    assert sum(layer.layer.node.args[1].meta["val"].numel() for layer in masks.linears) == left
     assert (evaluate.run(gm, ctx.probe)[0] - masked[outputs[0]]).abs().max() < 1e-5
-
-
-def masks_left(masks):
-    """Weights of the linears as they are now."""
-    return sum(N * K for N, K in (one.shape for one in masks.linears))
 
 
 def test_channels_that_say_nothing_go():
@@ -105,3 +104,13 @@ def test_it_refuses_what_it_cannot_do():
     for options in ({"high": "W9A9"}, {"memory": 1.0}, {"kept": 1.0}, {"loss": "none"}, {"steps": 0}, {"what": "blocks"}):
         with pytest.raises(OptionError):
             FitMasks(**options)
+
+
+@pytest.mark.parametrize("rounding", ["learned", "gptq"])
+def test_the_preset_goes_from_end_to_end(rounding):
+    whole = presets.mixed(
+        memory=0.2, widths=(2, 4), solver="masks", prune=True, rounding=rounding, steps=2, own_text=False, transform="none"
+    )
+    quick = [replace(step, steps=2, rows=1, multiple=1) if isinstance(step, FitMasks) else step for step in whole]
+    made = passes.compile(load("llama").captured, quick, CALIBRATION)
+    assert 0.99 * 0.2 < share_of_fp16(made) <= 0.2

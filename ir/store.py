@@ -58,6 +58,12 @@ class Store:
         """Copies of a model share its store."""
         return self
 
+    def moved(self, folder: str | Path) -> "Store":
+        """A store of the same tensors, whose scratch files are made in another folder."""
+        made = Store(folder)
+        made._maps = self._maps
+        return made
+
     def open(self, path: Path) -> dict[str, Tensor]:
         """The tensors in a safetensors file, by name. They may be written to: the file stays as it is.
 

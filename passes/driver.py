@@ -48,6 +48,7 @@ def compile(
     ranks: Ranks | None = None,
     preflight: bool | None = None,
     out: str | Path | None = None,
+    scratch: str | Path | None = None,
 ) -> Compiled:
     """Compress a model.
 
@@ -69,12 +70,14 @@ def compile(
         preflight: run one block through all of it first, estimate what the rest takes, and refuse what there is no room for; None: if
             there is a gigabyte of weights.
         out: the folder that will be saved to, for the pre-flight to look at its disk.
+        scratch: a folder on a disk for what passes make of weights, in files that go away with the process; None keeps it in memory, of a
+            model of `load_model` where its own are.
 
     Raises:
         FxpressError: one of its kinds; bad input is refused before any long work.
     """
     started = time.perf_counter()
-    start = begin(model, pipeline, calibration, backend, args, kwargs, seed, ranks)
+    start = begin(model, pipeline, calibration, backend, args, kwargs, seed, ranks, scratch)
     gm, steps, target, ctx = start.gm, start.steps, start.target, start.ctx
     ctx.progress, ctx.allow_partial = _shown(progress, ctx.ranks), allow_partial
     found = plan(gm, steps, ctx, target, Path(out) if out else None) if wanted(gm, preflight) else None
@@ -139,13 +142,14 @@ def estimate(
     progress: Progress | None = None,
     ranks: Ranks | None = None,
     out: str | Path | None = None,
+    scratch: str | Path | None = None,
 ) -> Estimate | None:
     """What `compile` would take with these arguments, by a real run of one block through all of it; None for models of too few layers.
 
     Raises:
         FxpressError: what `compile` would refuse, and what there is no room for.
     """
-    start = begin(model, pipeline, calibration, backend, args, kwargs, seed, ranks)
+    start = begin(model, pipeline, calibration, backend, args, kwargs, seed, ranks, scratch)
     start.ctx.progress, start.ctx.allow_partial = _shown(progress, start.ctx.ranks), allow_partial
     return plan(start.gm, start.steps, start.ctx, start.target, Path(out) if out else None)
 

@@ -2,15 +2,18 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ir.capture import capture
+from ir.edit import STORE
 from ir.errors import DataError, OptionError
 from ir.memory import map_large
 from ir.signature import Signature
+from ir.store import Store
 from ir.verify import check_weights, verify
 from passes import registry
 from passes.backend import Backend
@@ -45,6 +48,7 @@ def begin(
     kwargs: Mapping[str, Any] | None,
     seed: int,
     ranks: Ranks | None,
+    scratch: str | Path | None,
 ) -> Start:
     """Capture a model and check it, the data and the recipe; all processes must have been given the same.
 
@@ -59,7 +63,11 @@ def begin(
         recipe.check_files(steps)
     if not steps.passes:
         raise OptionError("the pipeline is empty", remedy="name a preset, w4a16, or passes")
+    if scratch is not None and not Path(scratch).is_dir():
+        raise DataError("there is no such folder", where=f"scratch={str(scratch)!r}", remedy="make it, or name another one")
     gm = capture(model, args, kwargs)
+    if scratch is not None:
+        gm.meta[STORE] = gm.meta.get(STORE, Store()).moved(scratch)
     verify(gm, stage="capture")
     check_weights(gm)
     if weight_bytes(gm) >= LARGE_MODEL:

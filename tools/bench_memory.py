@@ -5,7 +5,7 @@
 Each compile runs three times, in a process of its own. *Resident*: the greatest resident size within a stage by the kernel's own mark,
 which is set back when a stage begins, less what was resident before the compile. *Returned*: the same where the C library gives freed
 blocks of 64 KiB and more back to the system at once; what is less there is kept, not used. *Live*: bytes of tensors that the compile has
-made and still holds, without what single operators need on the way.
+made and still holds, without what single operators need on the way. Of a model in a folder, whose weights are mapped, pages count too.
 """
 
 import argparse
@@ -13,10 +13,12 @@ import multiprocessing
 import os
 import re
 import resource
+import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +46,12 @@ OPENED = "canonicalize, untie, fold_norm, center_norm, rotate_channels(where=['R
 BENCH = ("mixed(bits=2.28, steps={steps})", "w4a16", "w4a4")
 WIDE = (f"{OPENED}, annotate(scheme='W2A16', group=64, symmetric=False), learn_rounding(steps={{steps}})",)
 SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 8}
+SECTIONS = {
+    "bench": "The bench model",
+    "wide": "A wide model of random weights",
+    "scratch": "The same, what passes make on disk",
+    "folder": "The same from a folder",
+}
 ROWS, LENGTH = 4, 64  # of its calibration data
 
 
@@ -133,12 +141,18 @@ class Stages(Progress):
 
 @dataclass(frozen=True)
 class Job:
-    """One compile that is measured: the model of the bench folder, or a wide one of random weights; the pipeline, and how is counted."""
+    """One compile that is measured: of which model, and how is counted.
+
+    Args:
+        section: "bench" for its model; a wide one of random weights is made here, compiled with scratch files, or read from a folder.
+        folder: of this model, and of scratch files.
+    """
 
     bench: Path
-    wide: bool
+    section: str
     pipeline: str
     way: str
+    folder: str
 
     def run(self) -> dict[str, Any]:
         """What a process of its own found."""
@@ -153,12 +167,21 @@ class Job:
 
 def _model(job: Job) -> tuple[torch.nn.Module, list[Tensor]]:
     bench = bench_model.load(job.bench)
-    if not job.wide:
+    if job.section == "bench":
         return bench.model, bench.calibration
     METHODS["yaqa"] = OneOfMany
+    model = passes.load_model(job.folder, "auto", scratch=job.folder) if job.section == "folder" else _wide()
+    return model, list(torch.cat(bench.calibration)[:ROWS, :LENGTH].split(2))
+
+
+def _wide() -> torch.nn.Module:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(vocab_size=4096, tie_word_embeddings=True, **SIZES)
-    return transformers.LlamaForCausalLM(config).eval(), list(torch.cat(bench.calibration)[:ROWS, :LENGTH].split(2))
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def _save(folder: str) -> None:
+    _wide().save_pretrained(folder, max_shard_size="60MB")
 
 
 def _measured(job: Job) -> dict[str, Any]:
@@ -171,7 +194,8 @@ def _measured(job: Job) -> dict[str, Any]:
     before = 0 if live else _resident("VmRSS")
     started = resource.getrusage(resource.RUSAGE_SELF).ru_utime
     with live or nullcontext():
-        made = passes.compile(model, job.pipeline, calibration, progress=stages)
+        scratch = job.folder if job.section == "scratch" else None
+        made = passes.compile(model, job.pipeline, calibration, progress=stages, scratch=scratch)
     stages.mark()
     return {
         "before": before,
@@ -193,9 +217,9 @@ def _block_bytes(model: torch.nn.Module) -> int:
     return max(sizes.values())
 
 
-def table(bench: Path, wide: bool, pipeline: str) -> list[str]:
+def table(bench: Path, section: str, pipeline: str, folder: str) -> list[str]:
     """Peaks of all stages, counted each way, in MB and, for the greatest, in terms of the model and one block."""
-    found = {way: Job(bench, wide, pipeline, way).run() for way in WAYS}
+    found = {way: Job(bench, section, pipeline, way, folder).run() for way in WAYS}
     one = found["resident"]
     model, block = one["model"], one["block"]
     limit = 1.5 * model + block
@@ -220,18 +244,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", type=Path)
     parser.add_argument("--steps", type=int, default=4, help="of learned rounding: more take no more memory")
-    parser.add_argument("--sections", nargs="*", choices=("bench", "wide"), default=["bench", "wide"])
+    parser.add_argument("--sections", nargs="*", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--scratch", type=Path, help="a folder on a disk, for a model that is read from one, and scratch files")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
-    def tables(wide: bool) -> list[str]:
-        made = [table(options.bench, wide, text.format(steps=options.steps)) for text in (WIDE if wide else BENCH)]
-        return [line for lines in made for line in [*lines, ""]]
+    def tables(section: str) -> list[str]:
+        lines = []
+        with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+            if section == "folder":
+                with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process of its own: this one has never held the model
+                    pool.apply(_save, (folder,))
+            for text in BENCH if section == "bench" else WIDE:
+                lines += [*table(options.bench, section, text.format(steps=options.steps), folder), ""]
+        return lines
 
-    sections: dict[str, tuple[str, Callable[[], list[str]]]] = {
-        "bench": ("The bench model", lambda: tables(False)),
-        "wide": ("A wide model of random weights", lambda: tables(True)),
-    }
+    sections: dict[str, tuple[str, Callable[[], list[str]]]] = {name: (head, partial(tables, name)) for name, head in SECTIONS.items()}
     report(f"# Memory\n\n`python -m tools.bench_memory {options.bench}`.\n", sections, options.sections, options.out)
 
 

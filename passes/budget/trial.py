@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ir import evaluate, numerics
+from ir import edit, evaluate, numerics
 from ir.blocks import Block, blocks
 from ir.encoding import Encoding
 from ir.numerics import QParams
@@ -34,9 +34,9 @@ Key = tuple[Layer, int, Encoding]  # what codes depend on: the number of columns
 class Trial:
     """Variants of one model, each with other linears smaller, or rounded: their weights, and their inputs where the form says so.
 
-    Codes are kept as integers, one byte a weight, and are made floats for one call. What a variant shares with the first one, all blocks
-    before the first layer that differs, is not run again. Static inputs are rounded over each batch's own range, linears that are
-    left out read theirs in floating point, and weights are rounded by inputs in floating point.
+    Codes are kept as integers, one byte a weight, on disk where the graph has a store, and are made floats for one call. What a variant
+    shares with the first one, all blocks before the first layer that differs, is not run again. Static inputs are rounded over each batch's
+    own range, linears that are left out read theirs in floating point, and weights are rounded by inputs in floating point.
 
     Args:
         gm: the graph; its weights stay as they are.
@@ -109,7 +109,7 @@ class Trial:
         if form.input is not None and not layer.input_rounded:
             x = numerics.fake_quantize(x, form.input)
         codes, qparams, more = self.codes[self._key(layer, form)]
-        weight = numerics.dequantize(codes, qparams, form.weight)
+        weight = numerics.dequantize(edit.counted(self.gm, codes), qparams, form.weight)
         bias = bias if bias is None or more is None else bias + more.to(bias.dtype)
         return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
 
@@ -132,7 +132,8 @@ class Trial:
             own = (self._coded(inputs, layer, form) for layer, key, form in items if owner[key] == self.ctx.ranks.rank)
             found = self.ctx.ranks.collect([owner[key] for _, key, _ in items], own)
             for (_, key, _), parts in zip(items, found, strict=True):
-                self.codes[key] = *coded(parts), parts.get("bias")
+                codes, qparams = coded(parts)
+                self.codes[key] = edit.kept(self.gm, codes), qparams, parts.get("bias")
 
     def _coded(self, inputs: Inputs, layer: Layer, form: Form) -> dict[str, Tensor]:
         """A linear's codes in a form, and what is added to its bias."""

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from ir import edit, evaluate
 from ir.blocks import blocks
+from ir.store import Store
 from passes.data.calibration import take_rows, tokens_in
 from passes.learning.divergence import own_outputs
 
@@ -59,6 +60,8 @@ class Sweep:
         needed = set(calls)
         self.cut = [[node for node in span if node in needed] for span in spans]
         self.entries = [block.entry for block in cut] if self.outside else [()]
+        self.store: Store | None = gm.meta.get(edit.STORE)
+        self.behind = {node: _weights(span) for span, entry in zip(self.cut, self.entries, strict=True) for node in entry}
 
     def wanted(self, nodes: Collection[Node]) -> bool:
         """Whether the gradient of any is."""
@@ -101,8 +104,11 @@ class Sweep:
         sources = {self.watched[node] for node in own if node in self.watched}
         held: Values = {node: value.detach() for node, value in given.items() if node in sources}
         waiting: Values = {}
+        for node in self.entries[part[0]]:
+            self._count_back(node, given.get(node))
 
         def watch(node: Node, value: Any) -> None:
+            self._count_back(node, value)
             if node in sources:
                 held[node] = value.detach()
             if take is not None and node in self.watched:
@@ -112,6 +118,11 @@ class Sweep:
                 value.register_hook(lambda gradient: take(node, waiting.pop(node), gradient))
 
         return evaluate.evaluate(self.gm, self._calls(part, keep), given, keep, watch, instead=self.instead, grad=True)
+
+    def _count_back(self, node: Node, value: Any) -> None:
+        """Count a block's weights as read again once the gradient at what enters it is known: on the way back they are."""
+        if self.store is not None and node in self.behind and getattr(value, "requires_grad", False):
+            value.register_hook(partial(_read, self.store, self.behind[node]))
 
     def _calls(self, part: tuple[int, int], keep: Sequence[Node]) -> list[Node]:
         """The calls of a part, and those outside of the stream that it needs."""
@@ -144,6 +155,16 @@ def _bytes(node: Node, tokens: int, length: int) -> int:
     fixed = [size for size in fake.shape if isinstance(size, int)]
     varying = fake.ndim - len(fixed)
     return math.prod(fixed) * fake.dtype.itemsize * tokens * (length if varying > 2 else 1)
+
+
+def _weights(nodes: Collection[Node]) -> int:
+    """Bytes of the weights that calls read."""
+    read = {source for node in nodes for source in node.all_input_nodes if source.op == "get_attr"}
+    return sum(edit.value(source).nbytes for source in read)
+
+
+def _read(store: Store, size: int, _: Tensor) -> None:
+    store.count(size)
 
 
 def _leaf(value: Any, earlier: bool) -> Any:

@@ -102,6 +102,15 @@ def test_pages_are_released_as_tensors_are_counted(tmp_path, monkeypatch):
     assert released == [own]
 
 
+def test_a_store_that_moved_holds_what_it_held(tmp_path, monkeypatch):
+    own, folders, make = Store(tmp_path), [], store.tempfile.TemporaryFile
+    first, moved = own.keep(torch.randn(1 << 14)), own.moved(tmp_path.parent)
+    monkeypatch.setattr(store.tempfile, "TemporaryFile", lambda **where: folders.append(where["dir"]) or make(**where))
+    second = moved.keep(torch.randn(1 << 14))
+    assert folders == [tmp_path.parent]
+    assert moved.holds(first) and moved.holds(second)
+
+
 def test_files_go_away_with_the_tensors(tmp_path):
     own = Store(tmp_path)
     kept = own.keep(torch.randn(1 << 20))

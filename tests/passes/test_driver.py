@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 import passes
+from ir import edit
 from ir.errors import CoverageError, DataError, OptionError
 from ir.match import aten
+from ir.sites import layers
 from ir.text import graph_text
 from tests.families import build, load
 from tests.passes.samples import CALIBRATION, Mlp, compiled, same_weights, tokens, vectors
@@ -67,6 +69,20 @@ def test_a_captured_graph_is_left_as_it_was():
     made = passes.compile(captured, "w8a16")
     assert graph_text(captured) == text
     assert made.graph is not captured
+
+
+def test_what_passes_make_is_kept_on_disk_where_that_is_asked_for(tmp_path):
+    model, text = load("llama").model, "canonicalize, untie, fold_norm, center_norm, rotate_channels, annotate(scheme='W8A16')"
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plain, kept = (passes.compile(model, text, CALIBRATION, scratch=scratch) for scratch in (None, tmp_path))
+    store = kept.graph.meta[edit.STORE]
+    made = [edit.attribute(kept.graph, layer.weight) for layer in layers(kept.graph)]
+    assert sum(map(store.holds, made)) > 10 and not any(store.holds(tensor) for tensor in model.parameters())
+    assert same_weights(plain.graph, kept.graph) and edit.STORE not in plain.graph.meta
+    assert not list(tmp_path.iterdir())  # its files have no name
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    with pytest.raises(DataError, match="no such folder"):
+        passes.compile(model, text, CALIBRATION, scratch=tmp_path / "elsewhere")
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 import passes
-from ir import edit
+from ir import edit, store
 from ir.rounding import GPTQ, Nearest
 from ir.sites import layers
+from ir.store import Store
 from passes.budget.forms import Form
 from passes.budget.trial import Trial, hold_out
 from passes.learning.divergence import divergence
@@ -47,6 +48,19 @@ def test_codes_are_made_once_and_are_integers():
     assert all(tensor.dtype in {torch.int8, torch.uint8} for tensor, *_ in codes.values())
     assert trial.divergences([{}, {linears[0]: MARK}])[1:] == first
     assert all(trial.codes[pair] is codes[pair] for pair in codes)
+
+
+def test_codes_are_on_disk_where_weights_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "SMALL", 1)
+    gm, ctx, linears = prepared()
+    variants = [dict.fromkeys(linears, MARK), dict.fromkeys(linears[3:], MARK)]
+    plain = Trial(gm, ctx, ctx.calibration, Nearest())
+    expected = plain.divergences(variants)
+    own = gm.meta[edit.STORE] = Store(tmp_path)
+    kept = Trial(gm, ctx, ctx.calibration, Nearest())
+    assert kept.divergences(variants) == expected
+    assert len(kept.codes) == len(plain.codes) > 10
+    assert all(own.holds(codes) for codes, *_ in kept.codes.values())
 
 
 def test_outputs_that_are_no_logits_are_measured_by_their_distance():

@@ -1,10 +1,14 @@
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
 
-from ir import evaluate
+from ir import edit, evaluate
+from ir.blocks import blocks
 from ir.capture import capture
 from ir.sites import layers
+from ir.store import Store
 from passes.data.sweep import Sweep, room_of
 from tests.families import load
 from tests.passes.samples import run, tokens, vectors
@@ -98,6 +102,27 @@ class Normed(nn.Module):
         x = torch.tanh(x)
         x = x + self.first(x).relu()
         return x + self.second(x).relu()
+
+
+@pytest.mark.parametrize("room", [WHOLE, LEAST])
+def test_weights_on_disk_are_counted_on_the_way_back_too(room, tmp_path, monkeypatch):
+    gm = load("llama").graph()
+    run(gm, "canonicalize, untie")
+    own, counted = Store(tmp_path), []
+    monkeypatch.setattr(Store, "count", lambda self, size: counted.append(size))
+    gm.meta[edit.STORE] = own
+    batch, watched = gm.meta["signature"].bind(input_ids=tokens(2, 12)), {layers(gm)[1].node: layers(gm)[1].node}
+    _, cut = blocks(gm)
+    sweep = Sweep(gm, watched, room=room)
+    evaluate.evaluate(gm, evaluate.calls_for(gm, sweep.outputs), evaluate.bind(gm, batch), list(sweep.outputs))
+    forward, first = list(counted), next(index for index, block in enumerate(cut) if layers(gm)[1].node in block.nodes)
+    spans = [{node for call in block.nodes for node in call.all_input_nodes} for block in cut[first + 1 :]]
+    back = [sum(edit.value(node).nbytes for node in span if node.op == "get_attr") for span in spans]
+    counted.clear()
+    sweep.run(batch, cotangent([2, 0]), lambda node, x, g: None)
+    # Each weight on the way there, and those of a block together on the way back, as far as gradients go.
+    assert not Counter([*forward, *back]) - Counter(counted)
+    assert len(back) > 2 and not set(back) & set(forward)
 
 
 def test_what_is_watched_outside_of_the_stream_has_its_whole_gradient():

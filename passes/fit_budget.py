@@ -17,7 +17,7 @@ from passes.budget.costs import Costs, raised
 from passes.budget.forms import Cuts, Forms, Site
 from passes.budget.linked import Linked, cuts_of, link
 from passes.budget.trial import Trial
-from passes.budget.tryout import try_out
+from passes.budget.tryout import promising, try_out
 from passes.pipeline import Pipeline
 from passes.pruning import keeping
 from passes.pruning.dropping import drop, tell_left
@@ -25,7 +25,7 @@ from passes.pruning.kinds import KINDS
 from passes.pruning.prunable import annotated_units
 from passes.pruning.unit_scores import CRITERIA
 
-RATES = (1.0, 2.0, 4.0, 16.0, 256.0)  # of plans: the last drops only what the budget does not allow at any width
+RATES = (1.0, 2.0, 3.0, 4.0, 16.0, 256.0)  # of plans: the last drops only what the budget does not allow at any width
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,11 @@ class FitBudget(Budgeted):
     go. Linears that units run through are one site of the knapsack; of their options those are kept that no other beats in cost and size.
 
     Dropping much is no small change: its loss is predicted too low, and unevenly. So several plans are made: with its part of the cost
-    multiplied by rates, 1, 2, 4, 16 and 256; and with one share of all units, for each share. All are measured on tokens held out (the
-    KL of the model from itself), and the one that measures least is taken. They are measured as rounded by `rounding`; or, if
-    `finish` names the passes that are to follow, each tried out on a copy, after these passes. For learned rounding wins back more of what
-    rounding costs than of what dropping does. Then what was chosen is dropped as by `prune`: refitted block after block, and cut.
+    multiplied by rates, 1, 2, 3, 4, 16 and 256; and with one share of all units, for each share. All are measured on tokens held out (the
+    KL of the model from itself) as rounded by `rounding`, and the one that measures least is taken. If `finish` names the passes that are
+    to follow, those plans that no other beats, in weights kept and in what it measures, are tried out on a copy, after these passes: for
+    learned rounding wins back more of what rounding costs than of what dropping does. Then what was chosen is dropped as by `prune`:
+    refitted block after block, and cut.
 
     Limits: 1. those of `assign_bits` and `prune`; 2. which units stay is decided before widths are; 3. units stay whose linears are not all
     annotated, or would link so many sites that they could shrink in more than 64 ways; the report says which.
@@ -135,21 +136,21 @@ class FitBudget(Budgeted):
             layer.annotate(form.mark)
         return changed
 
-    def measured(self, gm: GraphModule, trial: Trial, linked: Sequence[Linked], tried: Sequence[Allocation]) -> list[float]:
-        """After what follows, if that is known; each choice once."""
+    def finished(
+        self, gm: GraphModule, trial: Trial, linked: Sequence[Linked], tried: Sequence[Allocation], measured: Sequence[float]
+    ) -> dict[int, float]:
+        """Of choices that are not ruled out, each once."""
         if not self.finish:
-            return super().measured(gm, trial, linked, tried)
-        finish, found = Pipeline.parse(self.finish), dict[tuple[Forms, ...], float]()
+            return {}
+        finish = Pipeline.parse(self.finish)
 
         def change(copy: GraphModule, ctx: Context, taken: tuple[Forms, ...]) -> None:
             own = self.linked(copy, ctx, self.sites(copy), scored=False)
             scored = [replace(twin, scores=one.scores) for twin, one in zip(own, linked, strict=True)]
             self._change(copy, ctx, scored, taken)
 
-        for taken in (tuple(one.taken) for one in tried):
-            if taken not in found:
-                found[taken] = try_out(gm, trial.ctx, trial.held, partial(change, taken=taken), finish)
-        return [found[tuple(one.taken)] for one in tried]
+        chosen = promising([one.kept for one in tried], measured)
+        return {index: try_out(gm, trial.ctx, trial.held, partial(change, taken=tuple(tried[index].taken)), finish) for index in chosen}
 
     def linked(self, gm: GraphModule, ctx: Context, sites: Sequence[Site], *, scored: bool) -> list[Linked]:
         """Sites that units run through, each with the counts that shares allow."""

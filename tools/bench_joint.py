@@ -32,7 +32,7 @@ OPENED = "canonicalize, untie, fold_norm, center_norm, rotate_channels(where=['R
 MARKED = "annotate(scheme='W4A16', group=64, symmetric=False)"
 SEARCH = "widths=(1, 2, 3, 4, 8), groups=(64, -1)"
 ROUNDED = "round_weights(propagation=0.25)"
-SHARES = (1.0, 0.875, 0.75, 0.5, 0.375, 0.25)
+SHARES = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 PAIRS = ((1, 4), (2, 4))  # widths that masks choose between, in whole columns
 MASKS = "fit_masks(high='W{}A16', memory={}, steps=400, rows=2, rate=0.003)"
 SECTIONS = ("quantize", "fixed", "pruned", "joint", "masks")
@@ -115,7 +115,7 @@ def pruned(bench: Bench) -> list[str]:
 
 
 def joint(bench: Bench) -> list[str]:
-    """Both in one search; the rates are measured behind the rounding that follows."""
+    """Both in one search; the plans are measured behind the rounding that follows."""
     start = bench.prepared(MARKED)
     return [HEAD.format("joint"), *bench.rows(start, "joint", f"fit_budget(bits={{}}, shares={SHARES}, measure=2048, finish={ROUNDED!r})")]
 

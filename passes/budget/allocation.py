@@ -123,6 +123,11 @@ class Allocation:
         return sum(self.costs)
 
     @property
+    def kept(self) -> float:
+        """The share of the weights that stay."""
+        return sum(map(weights_left, self.problem.sites, self.taken)) / self.problem.weights
+
+    @property
     def bits(self) -> float:
         """Bits per weight that there was before units were dropped."""
         return sum(map(stored, self.problem.sites, self.taken)) / self.problem.weights

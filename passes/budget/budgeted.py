@@ -145,19 +145,23 @@ class Budgeted(Pass):
         trial = Trial(gm, known, held, ROUNDINGS[self.rounding], cuts)
         if len(plans) > 1:
             tried = {plan: problem.solve() for plan, problem in plans.items()}
-            divergences = self.measured(gm, trial, linked, list(tried.values()))
-            least = min(range(len(tried)), key=lambda index: divergences[index])
+            measured = trial.divergences([made.forms() for made in tried.values()])
+            finished = self.finished(gm, trial, linked, list(tried.values()), measured)
+            ranks = finished or dict(enumerate(measured))
+            least = min(ranks, key=lambda index: ranks[index])
             problem = list(plans.values())[least]
-            findings.tell_plans(ctx, tried, divergences, least, UNITS[self.loss])
+            findings.tell_plans(ctx, tried, measured, finished, least, UNITS[self.loss])
         looks = correction.corrected(problem, trial, self.corrections)
         taken = correction.best(looks)
         findings.tell(ctx, taken.allocation, UNITS[self.loss], self.name())
         findings.tell_measures(ctx, looks, correction.interactions(taken, trial), UNITS[self.loss], self.name())
         return taken.allocation
 
-    def measured(self, gm: GraphModule, trial: Trial, linked: Sequence[Linked], tried: Sequence[Allocation]) -> list[float]:
-        """What choices are measured at, nats a token."""
-        return trial.divergences([made.forms() for made in tried])
+    def finished(
+        self, gm: GraphModule, trial: Trial, linked: Sequence[Linked], tried: Sequence[Allocation], measured: Sequence[float]
+    ) -> dict[int, float]:
+        """By number what choices are measured at behind what is to follow, nats a token; none if that is not known."""
+        return {}
 
     def sites(self, gm: GraphModule) -> list[list[Layer]]:
         """The annotated linears that share a choice, in graph order."""

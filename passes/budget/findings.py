@@ -63,18 +63,21 @@ def tell_measures(ctx: Context, looks: Sequence[Look], pairs: Sequence[Pair], un
         ctx.notes.append(f"{by}: no corrected choice measured less")
 
 
-def tell_plans(ctx: Context, made: Mapping[str, Allocation], divergences: Sequence[float], least: int, unit: str) -> None:
-    """The plans that were tried, in the table `plans`: how much each keeps, and what it was measured at."""
+def tell_plans(
+    ctx: Context, made: Mapping[str, Allocation], measured: Sequence[float], finished: Mapping[int, float], least: int, unit: str
+) -> None:
+    """The plans, in the table `plans`: how much each keeps, what it was measured at, and what behind the passes that follow, if it was."""
     ctx.tables["plans"] = [
         {
             "plan": plan,
-            "weights kept": sum(map(weights_left, one.problem.sites, one.taken)) / one.problem.weights,
+            "weights kept": one.kept,
             "bits": one.bits,
             f"predicted by the plan, {unit}": one.cost,
             f"measured, {NATS}": divergence,
+            **({f"finished, {NATS}": finished.get(index, "")} if finished else {}),
             "taken": "yes" if index == least else "",
         }
-        for index, ((plan, one), divergence) in enumerate(zip(made.items(), divergences, strict=True))
+        for index, ((plan, one), divergence) in enumerate(zip(made.items(), measured, strict=True))
     ]
 
 

@@ -5,12 +5,18 @@ from ir import edit
 from ir.sites import layers
 from passes.annotate import Annotate
 from passes.base import Context
-from passes.budget.tryout import try_out
+from passes.budget.tryout import promising, try_out
 from passes.data.calibration import tokens_in
 from passes.learning.divergence import divergence, teacher
 from passes.pipeline import Pipeline
 from tests.families import load
 from tests.passes.samples import CALIBRATION, run
+
+
+def test_only_what_another_choice_beats_in_both_is_ruled_out():
+    assert promising([1.0, 0.9, 0.8, 0.7], [0.4, 0.3, 0.35, 0.2]) == [0, 1, 3]
+    assert promising([0.5, 0.5, 0.5], [0.3, 0.2, 0.2]) == [1]
+    assert promising([0.1, 1.0], [0.2, 0.1]) == [1]
 
 
 def test_the_graph_and_the_context_stay_as_they_were():

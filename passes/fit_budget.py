@@ -111,6 +111,11 @@ class FitBudget(Budgeted):
         """Whether anything may go."""
         return min(self.shares) < 1
 
+    @property
+    def narrowest(self) -> float:
+        """Half of the least share of the narrowest: units stay to the nearest count that is allowed."""
+        return super().narrowest * (min(self.shares) / 2 if self.smaller else 1)
+
     def requires(self, gm: GraphModule, ctx: Context) -> None:
         """As `assign_bits`; inputs that are not rounded yet, and patterns that match."""
         if not ctx.part:

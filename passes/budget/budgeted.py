@@ -84,12 +84,22 @@ class Budgeted(Pass):
                 raise OptionError(f"{given!r} is not one of {list(known)}", where=where)
 
     def needs(self, ctx: Context) -> None:
-        """Calibration data, or a file of costs if nothing is measured; folders for files."""
+        """A budget that widths alone do not rule out; calibration data, or a file of costs if nothing is measured; folders for files."""
+        asked, least = FLOAT * self.memory or self.bits, self.narrowest
+        if asked < least and not (self.bytes or self.latency):
+            name, scale = ("memory", FLOAT) if self.memory else ("bits", 1)
+            remedy = f"give {name}={least / scale:g} at least, or smaller widths"
+            raise OptionError(f"no choice fits into {name}={asked / scale:g}", where=self.name(), remedy=remedy)
         if not ctx.calibration and (self.measure or not (self.file and Path(self.file).exists())):
             raise DataError(f"{self.name()} needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
         for name in filter(None, (self.file, self.latencies)):
             if not Path(name).absolute().parent.is_dir():
                 raise DataError("there is no such folder to write into", where=name, remedy="make it, or name another file")
+
+    @property
+    def narrowest(self) -> float:
+        """Bits that each weight takes at least, whatever the model; its scales come on top."""
+        return min(bits_of(width, self.name())[0] if isinstance(width, str) else width for width in self.widths)
 
     def requires(self, gm: GraphModule, ctx: Context) -> None:
         """Annotated linears, options that the backend has, inputs that may change, and a budget that something fits into."""

@@ -4,6 +4,7 @@ from ir.errors import CoverageError, DataError, OptionError
 from ir.sites import layers
 from ir.weights import stored_bits
 from passes.assign_bits import AssignBits
+from passes.canonicalize import Canonicalize
 from passes.page import picture
 from passes.report import coverage
 from tests.families import load
@@ -66,6 +67,22 @@ def test_a_budget_that_is_too_small_names_the_least_that_works():
     with pytest.raises(OptionError, match="no choice") as error:
         assigned("assign_bits(bytes=1000)")
     assert "bytes=" in error.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("assign_bits(bits=1.9)", "bits=2 at least"),
+        ("assign_bits(memory=0.1)", "memory=0.125 at least"),
+        ("assign_bits(bits=3.5, widths=('W4A4', 'W8A8'))", "bits=4 at least"),
+        ("fit_budget(memory=0.01)", "memory=0.015625 at least"),
+    ],
+)
+def test_a_budget_below_all_widths_is_refused_before_any_pass_runs(text, remedy, monkeypatch):
+    monkeypatch.setattr(Canonicalize, "run", lambda self, gm, ctx: pytest.fail("a pass ran"))
+    with pytest.raises(OptionError, match="no choice fits") as error:
+        run(load("llama").graph(), f"{MARKED}, {text}", CALIBRATION)
+    assert remedy in error.value.remedy
 
 
 def test_costs_are_kept_for_another_budget(tmp_path):

@@ -113,8 +113,8 @@ class FitBudget(Budgeted):
 
     @property
     def narrowest(self) -> float:
-        """Half of the least share of the narrowest: units stay to the nearest count that is allowed."""
-        return super().narrowest * (min(self.shares) / 2 if self.smaller else 1)
+        """None where units may go: how many can is the model's to say."""
+        return 0.0 if self.smaller else super().narrowest
 
     def requires(self, gm: GraphModule, ctx: Context) -> None:
         """As `assign_bits`; inputs that are not rounded yet, and patterns that match."""

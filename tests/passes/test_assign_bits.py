@@ -75,7 +75,7 @@ def test_a_budget_that_is_too_small_names_the_least_that_works():
         ("assign_bits(bits=1.9)", "bits=2 at least"),
         ("assign_bits(memory=0.1)", "memory=0.125 at least"),
         ("assign_bits(bits=3.5, widths=('W4A4', 'W8A8'))", "bits=4 at least"),
-        ("fit_budget(memory=0.01)", "memory=0.015625 at least"),
+        ("fit_budget(memory=0.1, shares=(1.0,))", "memory=0.125 at least"),
     ],
 )
 def test_a_budget_below_all_widths_is_refused_before_any_pass_runs(text, remedy, monkeypatch):

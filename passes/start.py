@@ -67,7 +67,8 @@ def begin(
         raise DataError("there is no such folder", where=f"scratch={str(scratch)!r}", remedy="make it, or name another one")
     gm = capture(model, args, kwargs)
     if scratch is not None:
-        gm.meta[STORE] = gm.meta.get(STORE, Store()).moved(scratch)
+        known: Store | None = gm.meta.get(STORE)
+        gm.meta[STORE] = known.moved(scratch) if known else Store(scratch)
     verify(gm, stage="capture")
     check_weights(gm)
     if weight_bytes(gm) >= LARGE_MODEL:

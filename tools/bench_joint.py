@@ -8,6 +8,7 @@ budget that it can meet. Nothing is chosen on the test texts.
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,9 +34,10 @@ MARKED = "annotate(scheme='W4A16', group=64, symmetric=False)"
 SEARCH = "widths=(1, 2, 3, 4, 8), groups=(64, -1)"
 ROUNDED = "round_weights(propagation=0.25)"
 SHARES = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
+LEARNED = "mixed(memory={}, prune={}, widths=(1, 2, 3, 4), steps=100)"
 PAIRS = ((1, 4), (2, 4))  # widths that masks choose between, in whole columns
 MASKS = "fit_masks(high='W{}A16', memory={}, steps=400, rows=2, rate=0.003)"
-SECTIONS = ("quantize", "fixed", "pruned", "joint", "masks")
+SECTIONS = ("quantize", "fixed", "pruned", "joint", "masks", "learned")
 HEAD = "| {} | memory | weights kept | WikiText-2 | news | excess, nats | predicted, nats |\n|---|---|---|---|---|---|---|"
 
 
@@ -137,6 +139,25 @@ def masks(bench: Bench) -> list[str]:
     return lines
 
 
+def learned(bench: Bench) -> list[str]:
+    """The preset, with learned rounding, with dropping and without."""
+    whole, lines = weights_in(bench.opened), [HEAD.format("dropping")]
+    for budget in bench.budgets:
+        for prune in (True, False):
+            started = time.process_time()
+            try:
+                made = passes.compile(bench.bench.model, LEARNED.format(budget, prune), bench.bench.calibration)
+            except OptionError as error:
+                lines.append(f"| {prune} | {budget} | | | | none: {error.remedy.split(',')[0]} | |")
+            else:
+                seconds = time.process_time() - started
+                lines.append(bench.row(f"{prune}, {seconds:.0f} seconds of the processor", made, whole))
+                for tried in made.report().tables.get("plans", []):
+                    print(tried, flush=True)
+            print(lines[-1], flush=True)
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", type=Path)
@@ -158,6 +179,7 @@ def main() -> None:
             "pruned": ("Pruned, then widths", partial(pruned, bench)),
             "joint": ("Both in one search", partial(joint, bench)),
             "masks": ("Both by learned masks", partial(masks, bench)),
+            "learned": ("With learned rounding", partial(learned, bench)),
         }
         report(head, sections, options.sections or SECTIONS, options.out)
 

@@ -85,16 +85,20 @@ class Budgeted(Pass):
 
     def needs(self, ctx: Context) -> None:
         """A budget that widths alone do not rule out; calibration data, or a file of costs if nothing is measured; folders for files."""
-        asked, least = FLOAT * self.memory or self.bits, self.narrowest
-        if asked < least and not (self.bytes or self.latency):
+        if self.each < self.narrowest and not (self.bytes or self.latency):
             name, scale = ("memory", FLOAT) if self.memory else ("bits", 1)
-            remedy = f"give {name}={least / scale:g} at least, or smaller widths"
-            raise OptionError(f"no choice fits into {name}={asked / scale:g}", where=self.name(), remedy=remedy)
-        if not ctx.calibration and (self.measure or not (self.file and Path(self.file).exists())):
-            raise DataError(f"{self.name()} needs calibration data", remedy="pass calibration=[{'input_ids': ids}, ...]")
+            remedy = f"give {name}={self.narrowest / scale:g} at least, or smaller widths"
+            raise OptionError(f"no choice fits into {name}={self.each / scale:g}", where=self.name(), remedy=remedy)
+        if self.measure or not (self.file and Path(self.file).exists()):
+            self.need_calibration(ctx)
         for name in filter(None, (self.file, self.latencies)):
             if not Path(name).absolute().parent.is_dir():
                 raise DataError("there is no such folder to write into", where=name, remedy="make it, or name another file")
+
+    @property
+    def each(self) -> float:
+        """The budget in bits for each weight, where it is one of these."""
+        return FLOAT * self.memory or self.bits
 
     @property
     def narrowest(self) -> float:
@@ -223,8 +227,7 @@ class Budgeted(Pass):
         """In bits of codes, scales and zero points; or in nanoseconds, with a table."""
         weights = sum(weights_in(own.layers) for own in linked)
         if not self.latency:
-            bits = FLOAT * self.memory or self.bits
-            return (8 * (self.bytes - _rest(gm)) if self.bytes else int(bits * weights + 1e-6)), None
+            return (8 * (self.bytes - _rest(gm)) if self.bytes else int(self.each * weights + 1e-6)), None
         kinds = list(dict.fromkeys(kind(layer, form) for layer, forms in self._wanted(ctx, linked).items() for form in forms))
         path, backend = Path(self.latencies), ctx.backend
         if backend is None:

@@ -104,11 +104,13 @@ class Sweep:
         sources = {self.watched[node] for node in own if node in self.watched}
         held: Values = {node: value.detach() for node, value in given.items() if node in sources}
         waiting: Values = {}
-        for node in self.entries[part[0]]:
-            self._count_back(node, given.get(node))
+        inside = {node for entry in self.entries[slice(*part)] for node in entry}
+        for node in inside & given.keys():
+            self._count_back(node, given[node])
 
         def watch(node: Node, value: Any) -> None:
-            self._count_back(node, value)
+            if node in inside:
+                self._count_back(node, value)
             if node in sources:
                 held[node] = value.detach()
             if take is not None and node in self.watched:
@@ -121,7 +123,7 @@ class Sweep:
 
     def _count_back(self, node: Node, value: Any) -> None:
         """Count a block's weights as read again once the gradient at what enters it is known: on the way back they are."""
-        if self.store is not None and node in self.behind and getattr(value, "requires_grad", False):
+        if self.store is not None and getattr(value, "requires_grad", False):
             value.register_hook(partial(_read, self.store, self.behind[node]))
 
     def _calls(self, part: tuple[int, int], keep: Sequence[Node]) -> list[Node]:
